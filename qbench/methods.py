@@ -1,0 +1,99 @@
+"""The ways of quantizing a network, one object each (design: weights only, dynamic, static).
+
+The class names are lower-case on purpose: the name of the class is the name of the option (`method=ptsq`).
+A method says which axes of a recipe mean something to it, and builds the program from the normalized network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from qbench.capture import Network
+    from qbench.quantize import Batches
+    from qbench.recipe import Recipe
+    from qbench.program import Program
+
+__all__ = ["fp32", "ptdq", "ptsq", "woq"]
+
+WEIGHT_AXES = ("granularity", "scheme")
+
+
+class Method(Protocol):
+    """A way of quantizing a network."""
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    axes: ClassVar[tuple[str, ...]]
+    needs_calibration: ClassVar[bool]
+
+    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
+        """Turn the normalized network into a program. Raises ValueError naming the layer that cannot run in int8."""
+        ...
+
+
+@dataclass(frozen=True)
+class fp32:
+    """The float baseline: nothing is quantized."""
+
+    name: ClassVar[str] = "fp32"
+    label: ClassVar[str] = "fp32"
+    axes: ClassVar[tuple[str, ...]] = ()
+    needs_calibration: ClassVar[bool] = False
+
+    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
+        """The network as it is."""
+        from qbench.weights_only import float_program
+
+        return float_program(network)
+
+
+@dataclass(frozen=True)
+class woq:
+    """Weight-only quantization: int8 weights, dequantized inside the kernel; activations stay float."""
+
+    name: ClassVar[str] = "woq"
+    label: ClassVar[str] = "woq"
+    axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "keep_float")
+    needs_calibration: ClassVar[bool] = False
+
+    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
+        """Replace each layer by its weight-only form."""
+        from qbench.weights_only import weight_only_program
+
+        return weight_only_program(network, recipe)
+
+
+@dataclass(frozen=True)
+class ptdq:
+    """Post-training dynamic quantization: int8 products, activations quantized at run time from the tensor itself."""
+
+    name: ClassVar[str] = "ptdq"
+    label: ClassVar[str] = "ptdq"
+    axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "activation_scheme", "activation_granularity", "keep_float")
+    needs_calibration: ClassVar[bool] = False
+
+    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
+        """Replace each layer by its dynamic form."""
+        from qbench.weights_only import dynamic_program
+
+        return dynamic_program(network, recipe)
+
+
+@dataclass(frozen=True)
+class ptsq:
+    """Post-training static quantization: int8 from layer to layer, with calibrated scales."""
+
+    name: ClassVar[str] = "ptsq"
+    label: ClassVar[str] = "ptsq"
+    axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "activation_scheme", "observer", "output", "keep_float")
+    needs_calibration: ClassVar[bool] = True
+
+    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
+        """Calibrate, then convert to an int8 program."""
+        from qbench.calibrate import calibrate
+        from qbench.convert import static_program
+
+        assert calibration is not None  # quantize() has checked needs_calibration
+        return static_program(calibrate(network, recipe, calibration))

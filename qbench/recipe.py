@@ -1,0 +1,93 @@
+"""A recipe: one choice on every axis of quantization."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from qbench import activation_granularities, backends, granularities, methods, observers, outputs, schemes
+
+AXES: dict[str, ModuleType] = {
+    "method": methods,
+    "granularity": granularities,
+    "scheme": schemes,
+    "activation_scheme": schemes,
+    "activation_granularity": activation_granularities,
+    "observer": observers,
+    "output": outputs,
+    "backend": backends,
+}
+
+
+def option(axis: str, name: str) -> Any:
+    """The object called `name` on an axis. Raises ValueError that names the allowed ones."""
+    choices = {getattr(AXES[axis], public).name: getattr(AXES[axis], public) for public in AXES[axis].__all__}
+    if name not in choices:
+        near = difflib.get_close_matches(name, choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{axis}={name}: allowed are {', '.join(sorted(choices))}{hint}")
+    return choices[name]()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One choice on every axis. Each field takes the object or its name; `canonical` nulls what does not apply.
+
+    `group_size` counts input channels (per_group). `keep_float` lists patterns of module names (`layer1.*`, `fc`) that
+    stay in float. Raises ValueError for an unknown name or an impossible value.
+    """
+
+    method: Any = "ptsq"
+    granularity: Any = "per_channel"
+    scheme: Any = "symmetric"
+    activation_scheme: Any = "affine"
+    activation_granularity: Any = "per_row"
+    observer: Any = "minmax"
+    output: Any = "float"
+    backend: Any = "reference"
+    group_size: int = 64
+    keep_float: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for axis, module in AXES.items():
+            value = getattr(self, axis)
+            if isinstance(value, str):
+                object.__setattr__(self, axis, option(axis, value))
+            elif type(value) not in [getattr(module, public) for public in module.__all__]:
+                raise ValueError(f"{axis}={value!r}: give a name or an object of {module.__name__}")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size!r}: give a whole number of input channels, at least 1")
+        if isinstance(self.keep_float, str) or not all(isinstance(p, str) and p for p in self.keep_float):
+            raise ValueError(f"keep_float={self.keep_float!r}: give a list of module-name patterns, such as [fc]")
+        object.__setattr__(self, "keep_float", tuple(sorted(set(self.keep_float))))
+
+    def applies(self, axis: str) -> bool:
+        """Does this axis change anything under the method?"""
+        return axis in ("method", "backend") or axis in self.method.axes
+
+    def canonical(self) -> dict[str, Any]:
+        """What is asked, as JSON: every axis with its options, None where it does not apply to the method."""
+        content: dict[str, Any] = {
+            axis: {"name": getattr(self, axis).name, **dataclasses.asdict(getattr(self, axis))}
+            if self.applies(axis)
+            else None
+            for axis in AXES
+        }
+        grouped = self.applies("granularity") and self.granularity.uses_group_size
+        content["group_size"] = self.group_size if grouped else None
+        content["keep_float"] = list(self.keep_float) if self.applies("keep_float") else None
+        return content
+
+    def names(self) -> dict[str, str | None]:
+        """The name of the choice on each axis, None where it does not apply."""
+        return {axis: getattr(self, axis).name if self.applies(axis) else None for axis in AXES}
+
+    @property
+    def label(self) -> str:
+        """At most 9 characters, for plots and MLflow: method, granularity, scheme (`ptsq-c-s`)."""
+        parts = [self.method.label[:5]]
+        parts += [getattr(self, axis).label[0] for axis in ("granularity", "scheme") if self.applies(axis)]
+        return "-".join(parts)

@@ -1,0 +1,116 @@
+"""The saved view of a sweep in MLflow's page, and the note above its table; plain data, nothing of MLflow.
+
+The format is undocumented (tried on 3.17): an experiment tag that holds the state of the page. Where a version does not
+know it, its page opens as it would without.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from typing import Any
+
+NOTE = """\
+**qbench**: one run is one cell, a way of quantizing a network, executed in int8. Values have four significant digits.
+
+| column | meaning |
+|---|---|
+| `score`, `score_drop` | the task's own score; its drop against fp32 (positive is worse), with a 95 % interval |
+| `drop_percent` | the drop in percent of the fp32 score: comparable between tasks |
+| `agreement`, `sqnr_db` | equal decisions with fp32; signal to quantization noise of the outputs |
+| `size_bytes`, `size_ratio` | the saved file; its share of the fp32 file |
+| `latency_ms_median` | batch 1, one thread; `_b16` is the larger batch |
+| `latency` | `measured`, or `reference`: that backend is exact, not fast; its latency is not a result, so no speed-up is shown |
+| `speedup` | against the fastest fp32 that runs here, with a 95 % interval |
+| `peak_memory_bytes` | loading the saved file and three forwards at the larger batch |
+| `int8_mac_fraction` | multiplications that really ran in int8 |
+"""
+
+COLUMNS = (
+    ("params", "task"),
+    ("params", "recipe"),
+    ("metrics", "score"),
+    ("metrics", "score_drop"),
+    ("metrics", "size_bytes"),
+    ("metrics", "size_ratio"),
+    ("metrics", "latency_ms_median"),
+    ("params", "latency"),
+)
+
+
+def view_key(sweep: str, task: str | None = None) -> str:
+    """The name of the view in tags and links: letters and digits only, the same for the same sweep."""
+    return hashlib.sha256(f"{sweep}\n{task}".encode()).hexdigest()[:16]
+
+
+def view_tag(sweep: str, tasks: list[str], timed: bool, created_ms: int) -> str:
+    """The value of the experiment tag `mlflow.sharedViewState.<key>`: a sweep, narrowed when `tasks` has one."""
+    packed = base64.b64encode(zlib.compress(json.dumps(state(sweep, tasks, timed)).encode())).decode()
+    name = f"qbench {sweep}" + (f": {tasks[0]}" if len(tasks) == 1 else "")
+    return json.dumps({"name": name, "createdAt": created_ms, "state": f"deflate;{packed}"})
+
+
+def state(sweep: str, tasks: list[str], timed: bool) -> dict[str, Any]:
+    """The page: which runs, which columns, which charts. `timed` says whether latencies may be ranked."""
+    query = f"tags.`qbench.sweep` = '{sweep}'"
+    if len(tasks) == 1:
+        query += f" AND params.`task` = '{tasks[0]}'"
+    speed = ["speedup"] if timed else []
+    return {
+        "searchFilter": query,
+        "orderByKey": "metrics.`score_drop`",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": [f"{kind}.`{name}`" for kind, name in (*COLUMNS, *(("metrics", name) for name in speed))],
+        "runsExpanded": {},
+        "runsPinned": [],
+        "runsHidden": [],
+        "runsVisibilityMap": {},
+        "runsHiddenMode": "SHOWALL",
+        "compareRunCharts": charts("score" if len(tasks) == 1 else "drop_percent", timed),
+        "compareRunSections": [{"uuid": "qbench", "name": "qbench", "display": True, "isReordered": False}],
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": False,
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "autoRefreshEnabled": False,
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+    }
+
+
+def charts(quality: str, timed: bool) -> list[dict[str, Any]]:
+    """Parallel coordinates, scatter, bars; several tasks share an axis only as the drop in percent."""
+    cost = "latency_ms_median" if timed else "size_ratio"
+    axes = {"xaxis": {"key": cost, "type": "METRIC"}, "yaxis": {"key": quality, "type": "METRIC"}}
+    costs = ["size_ratio", "latency_ms_median"] if timed else ["size_ratio"]
+    return [
+        _chart(
+            "PARALLEL",
+            1,
+            selectedParams=["task", "method", "granularity", "scheme", "observer"],
+            selectedMetrics=[*costs, quality],
+            showAllRuns=True,
+        ),
+        _chart("SCATTER", 2, **axes),
+        _chart("BAR", 3, metricKey=quality),
+        _chart("BAR", 4, metricKey="size_ratio"),
+    ]
+
+
+def _chart(kind: str, number: int, **content: Any) -> dict[str, Any]:
+    fixed = {"type": kind, "uuid": f"qbench{number}", "metricSectionId": "qbench"}
+    return {**fixed, "runsCountToCompare": 100, "deleted": False, "isGenerated": False, **content}
+
+
+def link(experiment: str, sweep: str, port: int, mode: str = "TABLE") -> str:
+    """The address of the view; `workflowType` leaves the page's GenAI mode, which hides params and metrics."""
+    query = f"workflowType=machine_learning&viewStateShareKey={view_key(sweep)}&compareRunsMode={mode}"
+    return f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?{query}"

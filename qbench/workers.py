@@ -1,0 +1,172 @@
+"""Child processes: each stage of a cell runs in a fresh one, from a fork server that has torch loaded (0.16 s a child).
+
+A child is a session of its own process group, writes what it prints to a log file, answers with JSON through a pipe, and
+dies with its parent. The parent sleeps while it waits. Whatever happens to a child becomes one WorkerError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import connection, forkserver, process
+from pathlib import Path
+from typing import Any
+
+from qbench.config import instantiate as instantiate  # children build their tasks with it
+
+Say = Callable[[str], None]
+
+PRELOAD = ["torch", "torchvision", "hydra.utils", "qbench.evaluate", "qbench.measure"]
+TICK_S = 2.0  # how often a waiting parent repeats the last word of a child
+LEAVE_S = 10.0  # how long a child that has answered may take to exit
+LONGEST_SENTENCE = 600
+
+
+class WorkerError(RuntimeError):
+    """A child that gave no result; the message is one sentence. `types` names the exception and its bases, if it was one."""
+
+    def __init__(self, sentence: str, types: tuple[str, ...] = ()) -> None:
+        super().__init__(sentence)
+        self.types = types
+
+
+@functools.cache
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def warm_up() -> None:
+    """Start the fork server, which loads torch while the caller goes on."""
+    _context()
+    forkserver.ensure_running()
+
+
+def run(
+    function: str, arguments: dict[str, Any], *, log: Path, say: Say | None = None, timeout_s: float | None = None
+) -> dict[str, Any]:
+    """Call `package.module:function(**arguments)` in a fresh child and return its result.
+
+    Arguments and result are JSON. A function with a parameter `say` gets one; its texts arrive at `say` here, and the
+    last one again every TICK_S. Raises WorkerError for an exception, a crash or a time-out in the child.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    receiver, sender = _context().Pipe(duplex=False)
+    child = _context().Process(target=_serve, args=(sender, str(log), function, json.dumps(arguments)))
+    with receiver:
+        try:
+            child.start()
+            sender.close()
+            answer = _wait(child, receiver, say or (lambda text: None), timeout_s)
+            child.join(LEAVE_S)
+        finally:
+            _end(child)
+    if "error" in answer:
+        raise WorkerError(answer["error"], tuple(answer["types"]))
+    result: dict[str, Any] = answer["result"]
+    return result
+
+
+def _wait(child: process.BaseProcess, receiver: Any, say: Say, timeout_s: float | None) -> dict[str, Any]:
+    """Pass on what the child says until it answers; sleep in between."""
+    deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+    text = ""
+    while (left := deadline - time.monotonic()) > 0:
+        ready = connection.wait([receiver, child.sentinel], timeout=min(TICK_S, left))
+        if receiver in ready:
+            try:
+                message: dict[str, Any] = json.loads(receiver.recv_bytes())
+            except EOFError:
+                break
+            if "say" not in message:
+                return message
+            text = message["say"]
+        elif ready:
+            break
+        say(text)
+    else:
+        raise WorkerError(f"stopped after {timeout_s:g} s, the limit measure.timeout_s")
+    child.join(LEAVE_S)
+    raise WorkerError(_death(child.exitcode))
+
+
+def _death(exitcode: int | None) -> str:
+    """How a child ended that never answered."""
+    if exitcode is None:
+        return "closed its pipe without an answer"
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode} without an answer"
+    name = signal.Signals(-exitcode).name
+    if -exitcode == signal.SIGKILL:
+        return f"killed ({name}), probably out of memory"
+    return f"crashed ({name}: {(signal.strsignal(-exitcode) or 'unknown').lower()})"
+
+
+def _end(child: process.BaseProcess) -> None:
+    """End a child that still runs, and what it started itself."""
+    if child.pid is None or not child.is_alive():
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.kill()  # in case it died before it had made its own group
+    child.join()
+
+
+def _serve(sender: Any, log: str, function: str, arguments: str) -> None:
+    """The whole life of a child."""
+    os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which then ends this group
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _redirect_output(log)
+    module, _, name = function.partition(":")
+    try:
+        target = getattr(importlib.import_module(module), name)
+        listens = "say" in inspect.signature(target).parameters
+        say = {"say": lambda text: sender.send_bytes(json.dumps({"say": text}).encode())} if listens else {}
+        answer = json.dumps({"result": target(**json.loads(arguments), **say)}, allow_nan=False)
+    except Exception as error:  # noqa: BLE001 - whatever a cell raises becomes its record
+        traceback.print_exc()
+        types = [base.__name__ for base in type(error).__mro__]
+        answer = json.dumps({"error": _sentence(error), "types": types})
+    sender.send_bytes(answer.encode())
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _redirect_output(log: str) -> None:
+    """Send everything this process and its libraries print to the log, a crash's Python stack included."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    # The fork server has Python's own stdout and stderr; make them write line by line to the log.
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115, PTH123
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115, PTH123
+    faulthandler.enable(file=2)
+
+
+def _sentence(error: Exception) -> str:
+    """The error on one line; errors that are not written for readers carry their type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        text = f"out of memory: {text}"
+    elif type(error).__module__.partition(".")[0] not in ("qbench", "tasks") and not isinstance(error, ValueError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= LONGEST_SENTENCE else text[:LONGEST_SENTENCE] + " ..."
