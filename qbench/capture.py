@@ -155,6 +155,8 @@ def _layer(node: fx.Node) -> str:
 
 def _drop_identities(graph: fx.Graph) -> None:
     for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # a view may have relied on a copy that is dropped here
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

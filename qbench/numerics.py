@@ -77,14 +77,13 @@ def quantize(x: Tensor, scale: float | Tensor, zero_point: int | Tensor, q_min: 
     return saturate(torch.div(x, scale), zero_point, q_min, q_max)
 
 
-def saturate(v: Tensor, zero_point: int | Tensor, q_min: int, q_max: int) -> Tensor:
-    """R(v) = int(min(max(rne(v), q_min - zero_point), q_max - zero_point)) + zero_point, as int32."""
-    if isinstance(zero_point, Tensor):
-        rounded = torch.nan_to_num(torch.round(v), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        bounded = torch.minimum(torch.maximum(rounded, q_min - zero_point.to(v.dtype)), q_max - zero_point.to(v.dtype))
-        return bounded.int() + zero_point
-    rounded = torch.round(v).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return rounded.clamp_(q_min - zero_point, q_max - zero_point).int().add_(zero_point)
+def saturate(
+    v: Tensor, zero_point: int | Tensor, q_min: int, q_max: int, dtype: torch.dtype = torch.int32
+) -> Tensor:
+    """R(v) = int(min(max(rne(v), q_min - zero_point), q_max - zero_point)) + zero_point; NaN gives q_min."""
+    offset = torch.as_tensor(zero_point, dtype=v.dtype)
+    bounded = torch.fmax(torch.round(v), q_min - offset)  # fmax takes the number where the other one is NaN
+    return torch.minimum(bounded, q_max - offset).add_(offset).to(dtype)
 
 
 def dequantize(q: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:

@@ -41,6 +41,6 @@ class reference:
 
     def kernel(self, node: fx.Node, constants: dict[str, Any], macs: Macs) -> Callable[..., Any]:
         """See Backend."""
-        from qbench.backends.reference_kernels import KERNELS
+        from qbench.backends.reference_kernels import make
 
-        return KERNELS[node.target.__name__](constants, macs)  # type: ignore[union-attr]
+        return make(node.target._schema.name.split("::")[1], constants, macs)  # type: ignore[union-attr]

@@ -1,0 +1,338 @@
+"""The specification, executed: integer sums as exact float64 matrix products, every float32 step rounded on its own.
+
+A float64 holds every integer below 2^53, so these sums are exact whatever the order, the thread count or the CPU; float32
+convolutions (inexact above 2^24) and torch._int_mm (saturates on some CPUs) would not be. Numbered as in the design:
+
+    (1) layer         R(f32(acc) * m [+ f32(q_r - z_r) * m_r]),  m = f32(s_x s_w / s_y), m_r = f32(s_r / s_y)
+    (2) in blocks     t = f32(b / s_y);  t = t + f32(acc_g) * m_g  for each block g;  R(t)
+    (3) accumulator   f32(acc) * f32(s_x s_w)
+    (4) dynamic       f32(acc) * (s_x s_w) + b
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qbench.numerics import centred, dequantize, dequantize_weight, multiplier, quantize, saturate
+from qbench.recipe import option
+from qbench.schemes import UINT8_MIDDLE
+
+if TYPE_CHECKING:
+    from qbench.program import Macs
+
+Kernel = Callable[..., Tensor]
+Constants = dict[str, Any]
+LARGEST_EXACT_FLOAT32 = 2**24
+
+
+def _shifted(x: Tensor, zero_point: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """q - zero_point, exact in a float type."""
+    return x.to(dtype).sub_(zero_point)
+
+
+def _requantizer(c: Constants) -> Callable[[Tensor], Tensor]:
+    """R of an operation's result."""
+    return lambda v: saturate(v, c["zero_point"], c["q_min"], c["q_max"], torch.uint8)
+
+
+# --- integer sums ----------------------------------------------------------------------------------------------------
+
+
+def _centred_weight(c: Constants) -> Tensor:
+    """q_w - z_w in float64."""
+    zero_point = c["weight_zero_point"]
+    zero_point = torch.zeros_like(c["weight_scale"], dtype=torch.int8) if zero_point is None else zero_point
+    return centred(c["weight"], zero_point, c["block"]).double()
+
+
+class _LinearSums:
+    """acc[..., o] = sum_i x[..., i] w[o, i], one tensor for each block of inputs."""
+
+    def __init__(self, c: Constants, macs: Macs) -> None:
+        self.weight, self.block, self.macs = _centred_weight(c), c["block"], macs
+
+    def __call__(self, x: Tensor) -> Iterator[Tensor]:
+        self.macs.int8 += x.shape[:-1].numel() * self.weight.numel()
+        for first in range(0, self.weight.shape[1], self.block):
+            inputs = slice(first, first + self.block)
+            yield torch.matmul(x[..., inputs], self.weight[:, inputs].T)
+
+    def by_output(self, per_output: Tensor) -> Tensor:
+        """[outputs or 1] to the shape that broadcasts against a sum."""
+        return per_output
+
+    def row(self, x: Tensor) -> tuple[int, ...]:
+        """The dimensions of x that one dynamic scale covers."""
+        return (x.dim() - 1,)
+
+
+class _ConvSums:
+    """acc[n, o, ...] = the convolution of x [n, c, ...] with w [o, c / groups, ...], one tensor for each block of inputs."""
+
+    def __init__(self, c: Constants, macs: Macs) -> None:
+        self.flat = c["weight"].dim() == 3  # one dimension is computed as two, the first of size 1
+        weight = _centred_weight(c)
+        self.weight = weight.unsqueeze(2) if self.flat else weight
+        self.stride = [1] * self.flat + c["stride"]
+        self.padding = [0] * self.flat + c["padding"]
+        self.dilation = [1] * self.flat + c["dilation"]
+        self.groups, self.block, self.macs = c["groups"], c["block"], macs
+        taps = math.prod(self.weight.shape[2:])
+        self.depthwise = self.weight.shape[1] == 1 and taps * 255 * 255 < LARGEST_EXACT_FLOAT32
+
+    def __call__(self, x: Tensor) -> Iterator[Tensor]:
+        windows = self._windows(x.unsqueeze(2) if self.flat else x)
+        self.macs.int8 += windows.shape[0] * windows.shape[2] * windows.shape[3] * self.weight.numel()
+        for first in range(0, self.weight.shape[1], self.block):
+            product = self._depthwise if self.depthwise else self._product
+            sums = product(windows, slice(first, first + self.block))
+            yield sums.squeeze(2) if self.flat else sums
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """A view [n, c, oh, ow, kh, kw] of the padded input; x is centred, so padding with zero is with the zero point."""
+        (ph, pw), (sh, sw), (dh, dw) = self.padding, self.stride, self.dilation
+        x = functional.pad(x, (pw, pw, ph, ph))
+        kh, kw = self.weight.shape[2:]
+        oh = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
+        ow = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        if min(oh, ow) < 1:
+            raise ValueError(f"a kernel of {kh} x {kw} does not fit into a padded input of {x.shape[2]} x {x.shape[3]}")
+        n, c, h, w = x.stride()
+        return x.as_strided((x.shape[0], x.shape[1], oh, ow, kh, kw), (n, c, h * sh, w * sw, h * dh, w * dw))
+
+    def _product(self, windows: Tensor, inputs: slice) -> Tensor:
+        n, _, oh, ow, _, _ = windows.shape
+        by_group = windows.unflatten(1, (self.groups, -1))[:, :, inputs]
+        columns = by_group.permute(1, 2, 5, 6, 0, 3, 4).reshape(self.groups, -1, n * oh * ow)
+        weight = self.weight[:, inputs].reshape(self.groups, -1, columns.shape[1])
+        return torch.bmm(weight, columns).reshape(-1, n, oh, ow).transpose(0, 1)
+
+    def _depthwise(self, windows: Tensor, inputs: slice) -> Tensor:
+        """One input a group: tap by tap, in float32 because it is exact here."""
+        kh, kw = windows.shape[4:]
+        multiple = self.weight.shape[0] // windows.shape[1]
+        windows = windows.float().repeat_interleave(multiple, 1) if multiple > 1 else windows
+        taps = self.weight.float()
+        sums = torch.zeros(windows.shape[:4])
+        for i in range(kh):
+            for j in range(kw):
+                sums += windows[..., i, j].float() * taps[:, :, i, j, None]
+        return sums
+
+    def by_output(self, per_output: Tensor) -> Tensor:
+        """[outputs or 1] to the shape that broadcasts against a sum."""
+        return per_output.reshape(-1, *[1] * (1 if self.flat else 2))
+
+    def row(self, x: Tensor) -> tuple[int, ...]:
+        """The dimensions of x that one dynamic scale covers."""
+        return tuple(range(1, x.dim()))
+
+
+Sums = _LinearSums | _ConvSums
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def _static(sums: Sums, c: Constants) -> Kernel:
+    """Equations (1), (2) and (3)."""
+    y_scale = 1.0 if c["scale"] is None else c["scale"]
+    multipliers = [sums.by_output(m) for m in multiplier(c["x_scale"], c["weight_scale"], y_scale).unbind(1)]
+    residual_multiplier = multiplier(c["residual_scale"], 1.0, y_scale)
+    bias, requantize = c["bias"], _requantizer(c)
+    on_grid = bias is not None and not bias.is_floating_point()
+    start = None if bias is None else sums.by_output(bias.double() if on_grid else (bias.double() / y_scale).float())
+
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        total = None if on_grid else start
+        for acc, m in zip(sums(_shifted(x, c["x_zero_point"])), multipliers, strict=True):
+            term = (acc + start if on_grid else acc).float() * m
+            total = term if total is None else total + term
+        assert total is not None
+        if residual is not None:
+            total = total + _shifted(residual, c["residual_zero_point"], torch.float32) * residual_multiplier
+        return total if c["scale"] is None else requantize(total)
+
+    return run
+
+
+def _dynamic(sums: Sums, c: Constants) -> Kernel:
+    """Equation (4), after each row (or the whole tensor) was quantized with its own range."""
+    scheme, per_row = option("activation_scheme", c["scheme"]), c["rows"] == "per_row"
+    weight_scales = [sums.by_output(s) for s in c["weight_scale"].unbind(1)]
+    bias = None if c["bias"] is None else sums.by_output(c["bias"])
+    codes = scheme.codes(UINT8_MIDDLE)
+
+    def run(x: Tensor) -> Tensor:
+        over = sums.row(x) if per_row else tuple(range(x.dim()))
+        lo, hi = x.amin(over, keepdim=True).double(), x.amax(over, keepdim=True).double()
+        if not bool((lo.isfinite() & hi.isfinite()).all()):
+            raise ValueError("dynamic quantization met a value that is not finite (NaN or infinity)")
+        scale, zero_point = scheme.choose(lo.clamp(max=0), hi.clamp(min=0), UINT8_MIDDLE)
+        q = quantize(x, scale, zero_point, *codes)
+        terms = (
+            acc.float() * (scale * weight_scale)
+            for acc, weight_scale in zip(sums((q - zero_point).double()), weight_scales, strict=True)
+        )
+        total = next(terms)
+        for term in terms:
+            total = total + term
+        return total if bias is None else total + bias
+
+    return run
+
+
+def _weight_only(c: Constants, macs: Macs, apply: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Kernel:
+    """The weight of this one layer is read back as float32 for the length of the call."""
+    zero_point = c["weight_zero_point"]
+    zero_point = torch.zeros_like(c["weight_scale"], dtype=torch.int8) if zero_point is None else zero_point
+    per_output = c["weight"][0].numel()
+
+    def run(x: Tensor) -> Tensor:
+        y = apply(x, dequantize_weight(c["weight"], c["weight_scale"], zero_point, c["block"]), c["bias"])
+        macs.float32 += y.numel() * per_output
+        return y
+
+    return run
+
+
+def _weight_only_conv(c: Constants, macs: Macs) -> Kernel:
+    convolve = functional.conv1d if c["weight"].dim() == 3 else functional.conv2d
+    window = (c["stride"], c["padding"], c["dilation"], c["groups"])
+    return _weight_only(c, macs, lambda x, weight, bias: convolve(x, weight, bias, *window))
+
+
+# --- between layers --------------------------------------------------------------------------------------------------
+
+
+def _quantize(c: Constants, macs: Macs) -> Kernel:
+    scale = torch.tensor(c["scale"])
+    return lambda x: quantize(x, scale, c["zero_point"], c["q_min"], c["q_max"]).to(torch.uint8)
+
+
+def _dequantize(c: Constants, macs: Macs) -> Kernel:
+    return lambda x: dequantize(x, c["x_scale"], c["x_zero_point"])
+
+
+def _add(c: Constants, macs: Macs) -> Kernel:
+    m_a = multiplier(c["a_scale"], 1.0, c["scale"])
+    m_b = multiplier(c["b_scale"], c["alpha"], c["scale"])
+    a_zero, b_zero, requantize = c["a_zero_point"], c["b_zero_point"], _requantizer(c)
+    return lambda a, b: requantize(
+        _shifted(a, a_zero, torch.float32) * m_a + _shifted(b, b_zero, torch.float32) * m_b
+    )
+
+
+def _mul(c: Constants, macs: Macs) -> Kernel:
+    m = multiplier(c["a_scale"], c["b_scale"], c["scale"])
+    a_zero, b_zero, requantize = c["a_zero_point"], c["b_zero_point"], _requantizer(c)
+    return lambda a, b: requantize(_shifted(a, a_zero, torch.float32) * _shifted(b, b_zero, torch.float32) * m)
+
+
+def _rescale(c: Constants, macs: Macs) -> Kernel:
+    m, requantize = multiplier(c["x_scale"], 1.0, c["scale"]), _requantizer(c)
+    return lambda x: requantize(_shifted(x, c["x_zero_point"], torch.float32) * m)
+
+
+def _averaged(c: Constants, total: Tensor, count: Tensor | int) -> Tensor:
+    """R(f32(sum) * f32(s_x / (n s_y)))."""
+    m = (c["x_scale"] / (torch.as_tensor(count, dtype=torch.float64) * c["scale"])).float()
+    return _requantizer(c)(total.float() * m)
+
+
+def _mean(c: Constants, macs: Macs) -> Kernel:
+    def run(x: Tensor) -> Tensor:
+        count = math.prod(x.shape[dim] for dim in c["dim"])
+        return _averaged(c, _shifted(x, c["x_zero_point"]).sum(c["dim"], c["keepdim"]), count)
+
+    return run
+
+
+def _average_pool(c: Constants, macs: Macs) -> Kernel:
+    flat = len(c["kernel"]) == 1
+    window = [[fill] * flat + c[name] for name, fill in (("kernel", 1), ("stride", 1), ("padding", 0))]
+
+    def pool(x: Tensor, divisor: int | None) -> Tensor:
+        return functional.avg_pool2d(x, *window, c["ceil_mode"], c["count_include_pad"], divisor)
+
+    def run(x: Tensor) -> Tensor:
+        x = x.unsqueeze(-2) if flat else x
+        ones = torch.ones(1, *x.shape[-2:], dtype=torch.float64)
+        count = (pool(ones, 1) / pool(ones, c["divisor"])).round()  # what torch divides by, at each place
+        y = _averaged(c, pool(_shifted(x, c["x_zero_point"]), 1), count)
+        return y.squeeze(-2) if flat else y
+
+    return run
+
+
+def _adaptive_average_pool(c: Constants, macs: Macs) -> Kernel:
+    def counts(length: int, parts: int) -> Tensor:
+        edges = [(i * length // parts, -(-(i + 1) * length // parts)) for i in range(parts)]
+        return torch.tensor([end - start for start, end in edges], dtype=torch.float64)
+
+    def run(x: Tensor) -> Tensor:
+        lengths = x.shape[-len(c["size"]) :]
+        sizes = [length if size is None else size for size, length in zip(c["size"], lengths, strict=True)]
+        per_axis = [counts(length, size) for length, size in zip(lengths, sizes, strict=True)]
+        count = per_axis[0] if len(per_axis) == 1 else per_axis[0][:, None] * per_axis[1]
+        pool = functional.adaptive_avg_pool1d if len(sizes) == 1 else functional.adaptive_avg_pool2d
+        total = (pool(_shifted(x, c["x_zero_point"]), sizes) * count).round()  # exact: a sum of integers below 2^53
+        return _averaged(c, total, count)
+
+    return run
+
+
+def _channel_affine(c: Constants, macs: Macs) -> Kernel:
+    requantize = _requantizer(c)
+
+    def run(x: Tensor) -> Tensor:
+        gamma, beta = (c[name].reshape(-1, *[1] * (x.dim() - 2)) for name in ("gamma", "beta"))
+        return requantize(_shifted(x, c["x_zero_point"], torch.float32) * gamma + beta)
+
+    return run
+
+
+def _clamp(c: Constants, macs: Macs) -> Kernel:
+    return lambda x: x.clamp(c["q_min"], c["q_max"])
+
+
+def _table(c: Constants, macs: Macs) -> Kernel:
+    return lambda x: c["table"][x.long()]
+
+
+MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "linear": lambda c, macs: _static(_LinearSums(c, macs), c),
+    "conv": lambda c, macs: _static(_ConvSums(c, macs), c),
+    "dynamic_linear": lambda c, macs: _dynamic(_LinearSums(c, macs), c),
+    "dynamic_conv": lambda c, macs: _dynamic(_ConvSums(c, macs), c),
+    "weight_only_linear": lambda c, macs: _weight_only(c, macs, functional.linear),
+    "weight_only_conv": _weight_only_conv,
+    "add": _add,
+    "mul": _mul,
+    "mean": _mean,
+    "average_pool": _average_pool,
+    "adaptive_average_pool": _adaptive_average_pool,
+    "channel_affine": _channel_affine,
+    "rescale": _rescale,
+    "clamp": _clamp,
+    "table": _table,
+}
+
+
+def make(name: str, constants: Constants, macs: Macs) -> Kernel:
+    """The kernel of an operation of `qbench.ops`, with its constants bound and its name set for the printed code."""
+    kernel = MAKERS[name](constants, macs)
+
+    def named(*activations: Tensor) -> Tensor:
+        return kernel(*activations)
+
+    named.__name__, named.__module__ = name, __name__
+    return named

@@ -1,0 +1,218 @@
+"""Calibration: the range of every activation, then the scale and zero point of everything (ptsq)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qbench import float_ops
+from qbench.capture import Network
+from qbench.fusion import fuse, is_move, kept_layers, refuse_float_macs
+from qbench.numerics import (
+    QParams,
+    QWeight,
+    activation_qparams,
+    bias_floor,
+    check_accumulator,
+    quantize_bias,
+    quantize_weight,
+)
+from qbench.observers import Extent, Tally
+from qbench.recipe import Recipe
+
+REBATCHED = 32
+LAYERS = (float_ops.linear, float_ops.conv)
+INTEGER = {
+    *LAYERS,
+    float_ops.add,
+    float_ops.mul,
+    float_ops.mean,
+    float_ops.average_pool,
+    float_ops.adaptive_average_pool,
+    float_ops.channel_affine,
+    float_ops.cat,
+    float_ops.clamp,
+    float_ops.unary,
+}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The quantized parameters of a layer: `bias` is int32 on the accumulator's grid, or float32 with several blocks."""
+
+    weight: QWeight
+    bias: Tensor | None
+
+
+@dataclass
+class Plan:
+    """A fused network with everything that quantizing it needs.
+
+    `qparams` tells how the value of a node reads as codes, `layers` the quantized parameters of the layers, both by node
+    name; `accumulators` names the layers that hand over their float accumulator. The simulation and the int8 program are
+    made from the same plan.
+    """
+
+    network: Network
+    recipe: Recipe
+    qparams: dict[str, QParams] = field(default_factory=dict)
+    layers: dict[str, LayerWeights] = field(default_factory=dict)
+    accumulators: set[str] = field(default_factory=set)
+
+    def holds_codes(self, node: fx.Node) -> bool:
+        """Is the node's own value uint8 codes (and not float)?"""
+        if node.target in INTEGER:
+            return node.name not in self.accumulators
+        return is_move(node) and isinstance(node.args[0], fx.Node) and self.holds_codes(node.args[0])
+
+    def nodes(self, *targets: Any) -> list[fx.Node]:
+        """The nodes that call one of the functions."""
+        return [node for node in self.network.graph.nodes if node.target in targets]
+
+
+def calibrate(network: Network, recipe: Recipe, batches: list[list[Tensor]]) -> Plan:
+    """Observe the fused network on the batches and choose every scale and zero point.
+
+    `batches`: the input tensors of each batch. Raises ValueError for values that are not finite, a `keep_float` that
+    matches nothing, a layer without integer form and a sum that could overflow.
+    """
+    kept = kept_layers(network, recipe.keep_float)
+    plan = Plan(fuse(network, kept), recipe)
+    refuse_float_macs(plan.network.graph, kept)
+    plan.accumulators = _accumulators(plan)
+    observed = _observed(plan)
+    ranges = _ranges(plan, observed, batches)
+    for node in plan.network.graph.nodes:
+        _choose(plan, node, ranges)
+    _share_with_cat(plan)
+    for node in plan.nodes(*LAYERS):
+        plan.layers[node.name] = _layer_weights(plan, node)
+    return plan
+
+
+def constant_qparams(tensor: Tensor, recipe: Recipe) -> QParams:
+    """A constant operand is quantized like an activation, with its own range."""
+    lo, hi = (float(value) for value in tensor.aminmax())
+    return activation_qparams(lo, hi, recipe.activation_scheme)
+
+
+def _accumulators(plan: Plan) -> set[str]:
+    """Layers whose only reader is the end of the network, when the recipe wants float results."""
+    if not plan.recipe.output.keeps_accumulator:
+        return set()
+    return {node.name for node in plan.nodes(*LAYERS) if [user.op for user in node.users] == ["output"]}
+
+
+def _observed(plan: Plan) -> set[str]:
+    """The nodes whose range must be known: results that are rounded, and float values that an integer node reads."""
+    names = set()
+    for node in plan.network.graph.nodes:
+        if node.target in INTEGER:
+            if node.target is not float_ops.clamp and node.name not in plan.accumulators:
+                names.add(node.name)
+            names |= {
+                source.name
+                for source in node.all_input_nodes
+                if source.op != "get_attr" and not plan.holds_codes(source) and isinstance(source.meta["val"], Tensor)
+            }
+    return names
+
+
+class _Watch(fx.Interpreter):
+    """Runs the fused network in float and hands each value to its tally."""
+
+    def __init__(self, module: fx.GraphModule, tallies: dict[str, Tally]) -> None:
+        super().__init__(module)
+        self.tallies = tallies
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.tallies:
+            self.tallies[n.name].update(value)
+        return value
+
+
+def _ranges(plan: Plan, observed: set[str], batches: list[list[Tensor]]) -> dict[str, tuple[float, float]]:
+    observer, scheme = plan.recipe.observer, plan.recipe.activation_scheme
+    module = plan.network.module()
+    if not observer.defined_by_batches:
+        batches = list(_rebatched(batches))
+    extents: dict[str, Any] = {name: Extent() for name in observed}
+    if observer.two_passes:
+        _watch(module, extents, batches)
+    tallies = {name: observer.tally(extents[name], scheme) for name in observed}
+    _watch(module, tallies, batches)
+    return {name: tally.range() for name, tally in tallies.items()}
+
+
+@torch.no_grad()
+def _watch(module: fx.GraphModule, tallies: dict[str, Any], batches: list[list[Tensor]]) -> None:
+    watch = _Watch(module, tallies)
+    for batch in batches:
+        watch.run(*batch)
+
+
+def _rebatched(batches: list[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """The same samples in batches of one size, so that the caller's batching cannot show in the ranges."""
+    if any(len({leaf.shape[0] for leaf in batch if leaf.dim()}) != 1 or not all(leaf.dim() for leaf in batch) for batch in batches):
+        yield from batches
+        return
+    together = [torch.cat(leaves) for leaves in zip(*batches, strict=True)]
+    yield from (list(leaves) for leaves in zip(*(leaf.split(REBATCHED) for leaf in together), strict=True))
+
+
+def _choose(plan: Plan, node: fx.Node, ranges: dict[str, tuple[float, float]]) -> None:
+    """The scale and zero point of one node's value, when it is read as codes."""
+    if node.name in ranges:
+        chosen = activation_qparams(*ranges[node.name], plan.recipe.activation_scheme)
+        plan.qparams[node.name] = chosen.narrowed(node.kwargs.get("low"), node.kwargs.get("high"))  # type: ignore[arg-type]
+    elif plan.holds_codes(node):
+        source = plan.qparams[node.args[0].name]  # type: ignore[union-attr]
+        plan.qparams[node.name] = source.narrowed(*node.args[1:3]) if node.target is float_ops.clamp else source  # type: ignore[arg-type]
+
+
+def _share_with_cat(plan: Plan) -> None:
+    """What only a concatenation reads takes its scale and zero point, so that the codes need no second rounding."""
+    for node in reversed(plan.nodes(float_ops.cat)):
+        for source in node.args[0]:  # type: ignore[union-attr]
+            chain = _only_read_here(plan, source)
+            if chain is None:
+                continue
+            for link in chain:
+                low, high = link.kwargs.get("low"), link.kwargs.get("high")
+                plan.qparams[link.name] = plan.qparams[node.name].narrowed(low, high)
+
+
+def _only_read_here(plan: Plan, node: Any) -> list[fx.Node] | None:
+    """The node and the moves before it, up to one that rounds, if each has one reader only; else None."""
+    chain = []
+    while node.op == "call_function" and len(node.users) == 1 and plan.holds_codes(node):
+        chain.append(node)
+        if node.target in INTEGER:
+            return None if node.target is float_ops.clamp else chain
+        node = node.args[0]
+    return None
+
+
+def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
+    """Quantize the parameters of a layer for the scale of its input."""
+    recipe, tensors = plan.recipe, plan.network.tensors
+    source, weight_node, bias_node = node.args[:3]
+    weight = tensors[weight_node.target]  # type: ignore[union-attr,index]
+    bias = None if bias_node is None else tensors[bias_node.target]  # type: ignore[union-attr,index]
+    x_scale = plan.qparams[source.name].scale  # type: ignore[union-attr]
+    one_block = recipe.granularity.block(weight.shape[1], recipe.group_size) == weight.shape[1]
+    try:
+        if bias is not None and not bool(torch.isfinite(bias).all()):
+            raise ValueError("the bias has values that are not finite (NaN or infinity)")
+        floor = bias_floor(bias, x_scale) if bias is not None and one_block else None
+        quantized = quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size, floor)
+    except ValueError as error:
+        raise ValueError(f"layer {node.meta['layer'] or node.name}: {error}") from error
+    on_grid = quantize_bias(bias, x_scale, quantized.scale) if bias is not None and one_block else None
+    check_accumulator(node.meta["layer"] or node.name, quantized, on_grid)
+    return LayerWeights(quantized, on_grid if one_block else bias)

@@ -1,0 +1,242 @@
+"""From a plan to an int8 program: one rule for each node of the fused network (ptsq)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qbench import float_ops
+from qbench.calibrate import Plan, constant_qparams
+from qbench.fusion import is_move
+from qbench.numerics import QParams, quantize
+from qbench.program import Program
+
+aten = torch.ops.aten
+int8 = torch.ops.qbench
+
+
+def static_program(plan: Plan) -> Program:
+    """The int8 program of a calibrated plan."""
+    return _Writer(plan).write()
+
+
+def table(x: QParams, y: QParams, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The 256 codes of y that the codes 0 ... 255 of x map to, uint8, computed in float64."""
+    codes = torch.arange(256, dtype=torch.float64)
+    values = function((codes - x.zero_point) * x.scale)
+    return quantize(values, y.scale, y.zero_point, y.q_min, y.q_max).to(torch.uint8)
+
+
+class _Writer:
+    """Writes the program's graph in the order of the fused network, each edge in the form that its reader needs."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.graph = fx.Graph()
+        self.tensors: dict[str, Tensor] = {}
+        self.values: dict[fx.Node, fx.Node] = {}  # a node's value as it is
+        self.codes: dict[fx.Node, fx.Node] = {}  # the same as codes, once quantized
+        self.floats: dict[fx.Node, fx.Node] = {}  # the same as float, once dequantized
+
+    def write(self) -> Program:
+        """Translate node by node."""
+        for node in self.plan.network.graph.nodes:
+            if node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], self.as_float))
+            elif node.op == "get_attr":
+                continue  # each reader takes constants in its own form
+            else:
+                self.values[node] = self._translate(node)
+                self.values[node].meta["layer"] = node.meta.get("layer", "")
+        self.graph.eliminate_dead_code()
+        return Program(self.graph, self.tensors, self.plan.network.inputs, self.plan.network.outputs)
+
+    def _translate(self, node: fx.Node) -> fx.Node:
+        if node.op == "placeholder":
+            return self.graph.placeholder(node.name)
+        if node.target in RULES:
+            return RULES[node.target](self, node)
+        read = self.as_is if is_move(node) else self.as_float
+        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+        if node.target in (aten.constant_pad_nd.default, aten.pad.default) and self.plan.holds_codes(node):
+            args, kwargs = self._padded_with_zero_point(node, args)
+        return self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+
+    def _padded_with_zero_point(self, node: fx.Node, args: Any) -> tuple[Any, dict[str, Any]]:
+        zero = self.plan.qparams[node.name].zero_point
+        if node.target is aten.constant_pad_nd.default:
+            return (*args[:2], zero), {}
+        mode = args[2] if len(args) > 2 else "constant"
+        return (*args[:2], mode, zero if mode == "constant" else None), {}
+
+    def as_is(self, node: fx.Node) -> fx.Node:
+        """The value in the form that it has."""
+        return self.constant(node) if node.op == "get_attr" else self.values[node]
+
+    def constant(self, node: fx.Node) -> fx.Node:
+        """A float constant, as it is."""
+        return self.hold(str(node.target), self.plan.network.tensors[node.target])  # type: ignore[index]
+
+    def hold(self, name: str, tensor: Tensor) -> fx.Node:
+        """A tensor of the program."""
+        known = self.tensors.setdefault(name, tensor)
+        if known is not tensor and not torch.equal(known, tensor):
+            return self.hold(f"{name}_", tensor)
+        return self.graph.get_attr(name)
+
+    def as_codes(self, node: fx.Node) -> fx.Node:
+        """The value as codes: quantized once where it is float."""
+        if self.plan.holds_codes(node):
+            return self.values[node]
+        if node not in self.codes:
+            q = asdict(self.plan.qparams[node.name])
+            self.codes[node] = self.graph.call_function(int8.quantize.default, (self.values[node],), q)
+        return self.codes[node]
+
+    def as_float(self, node: fx.Node) -> fx.Node:
+        """The value as float: dequantized once where it is codes."""
+        if node.op == "get_attr":
+            return self.constant(node)
+        if not self.plan.holds_codes(node):
+            return self.values[node]
+        if node not in self.floats:
+            q = self.plan.qparams[node.name]
+            read = {"x_scale": q.scale, "x_zero_point": q.zero_point}
+            self.floats[node] = self.graph.call_function(int8.dequantize.default, (self.values[node],), read)
+        return self.floats[node]
+
+    def operand(self, node: fx.Node) -> tuple[fx.Node, QParams]:
+        """The codes of an operand, and how to read them; a constant is quantized here."""
+        if node.op != "get_attr":
+            return self.as_codes(node), self.plan.qparams[node.name]
+        tensor = self.plan.network.tensors[node.target]  # type: ignore[index]
+        q = constant_qparams(tensor, self.plan.recipe)
+        codes = quantize(tensor, q.scale, q.zero_point, q.q_min, q.q_max).to(torch.uint8)
+        return self.hold(str(node.target), codes), q
+
+    def call(self, node: fx.Node, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+        """Add a call under the name of the fused node."""
+        return self.graph.create_node("call_function", target, args, kwargs, name=node.name)
+
+    def result(self, node: fx.Node) -> dict[str, Any]:
+        """Scale, zero point and code range of the node's result."""
+        return asdict(self.plan.qparams[node.name])
+
+
+def _layer(writer: _Writer, node: fx.Node) -> fx.Node:
+    source, _, _, *window = node.args
+    layer = writer.plan.layers[node.name]
+    x, q = writer.operand(source)  # type: ignore[arg-type]
+    prefix = node.meta["layer"] or node.name
+    kwargs: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), window, strict=False))
+    kwargs |= weight_arguments(writer.hold, prefix, layer.weight, layer.bias)
+    kwargs |= {"x_scale": q.scale, "x_zero_point": q.zero_point}
+    if node.name in writer.plan.accumulators:
+        kwargs |= {"scale": None, "zero_point": 0, "q_min": 0, "q_max": 255}
+    else:
+        kwargs |= writer.result(node)
+    args: tuple[Any, ...] = (x,)
+    if node.kwargs.get("residual") is not None:
+        residual, r = writer.operand(node.kwargs["residual"])  # type: ignore[arg-type]
+        args = (x, residual)
+        kwargs |= {"residual_scale": r.scale, "residual_zero_point": r.zero_point}
+    target = int8.linear.default if node.target is float_ops.linear else int8.conv.default
+    return writer.call(node, target, args, **kwargs)
+
+
+def weight_arguments(hold: Callable[[str, Tensor], Any], prefix: str, weight: Any, bias: Tensor | None) -> dict[str, Any]:
+    """The arguments of an operation that hold a quantized weight; a zero point that is zero everywhere is left out."""
+    zero_point = hold(f"{prefix}.weight_zero_point", weight.zero_point) if bool(weight.zero_point.any()) else None
+    return {
+        "weight": hold(f"{prefix}.weight", weight.values),
+        "weight_scale": hold(f"{prefix}.weight_scale", weight.scale),
+        "weight_zero_point": zero_point,
+        "bias": None if bias is None else hold(f"{prefix}.bias", bias),
+        "block": weight.block,
+    }
+
+
+def _add(writer: _Writer, node: fx.Node) -> fx.Node:
+    return _binary(writer, node, int8.add.default, alpha=node.args[2])
+
+
+def _mul(writer: _Writer, node: fx.Node) -> fx.Node:
+    return _binary(writer, node, int8.mul.default)
+
+
+def _binary(writer: _Writer, node: fx.Node, target: Any, **options: Any) -> fx.Node:
+    (a, qa), (b, qb) = (writer.operand(operand) for operand in node.args[:2])  # type: ignore[arg-type]
+    scales = {"a_scale": qa.scale, "a_zero_point": qa.zero_point, "b_scale": qb.scale, "b_zero_point": qb.zero_point}
+    return writer.call(node, target, (a, b), **scales, **options, **writer.result(node))
+
+
+def _reduction(target: Any, *names: str) -> Callable[[_Writer, fx.Node], fx.Node]:
+    def rule(writer: _Writer, node: fx.Node) -> fx.Node:
+        x, q = writer.operand(node.args[0])  # type: ignore[arg-type]
+        options = dict(zip(names, node.args[1:], strict=True))
+        return writer.call(
+            node, target, (x,), x_scale=q.scale, x_zero_point=q.zero_point, **options, **writer.result(node)
+        )
+
+    return rule
+
+
+def _channel_affine(writer: _Writer, node: fx.Node) -> fx.Node:
+    """a_c = f32(gamma s_x / s_y), b_c = f32(beta / s_y): one multiply and one add for each element."""
+    x, q = writer.operand(node.args[0])  # type: ignore[arg-type]
+    y = writer.plan.qparams[node.name]
+    gamma, beta = (writer.plan.network.tensors[arg.target] for arg in node.args[1:3])  # type: ignore[union-attr,index]
+    prefix = node.meta["layer"] or node.name
+    held = {
+        "gamma": writer.hold(f"{prefix}.gamma", (gamma * q.scale / y.scale).float()),
+        "beta": writer.hold(f"{prefix}.beta", (beta / y.scale).float()),
+    }
+    return writer.call(node, int8.channel_affine.default, (x,), x_zero_point=q.zero_point, **held, **writer.result(node))
+
+
+def _cat(writer: _Writer, node: fx.Node) -> fx.Node:
+    """Codes of another scale or zero point are rescaled first."""
+    y = writer.plan.qparams[node.name]
+    parts = []
+    for source in node.args[0]:  # type: ignore[union-attr]
+        codes, q = writer.operand(source)  # type: ignore[arg-type]
+        if (q.scale, q.zero_point) != (y.scale, y.zero_point):
+            read = {"x_scale": q.scale, "x_zero_point": q.zero_point}
+            codes = writer.graph.call_function(int8.rescale.default, (codes,), read | asdict(y))
+        parts.append(codes)
+    return writer.call(node, aten.cat.default, (parts, node.args[1]))
+
+
+def _clamp(writer: _Writer, node: fx.Node) -> fx.Node:
+    x, q = writer.operand(node.args[0])  # type: ignore[arg-type]
+    low, high = node.args[1:3]
+    bounds = q.narrowed(low, high)  # type: ignore[arg-type]
+    return writer.call(node, int8.clamp.default, (x,), q_min=bounds.q_min, q_max=bounds.q_max)
+
+
+def _unary(writer: _Writer, node: fx.Node) -> fx.Node:
+    source, function, arguments, options = node.args
+    x, q = writer.operand(source)  # type: ignore[arg-type]
+    entries = table(q, writer.plan.qparams[node.name], lambda v: function(v, *arguments, **options))  # type: ignore[operator,misc]
+    return writer.call(node, int8.table.default, (x,), table=writer.hold(f"{node.name}.table", entries))
+
+
+RULES: dict[Any, Callable[[_Writer, fx.Node], fx.Node]] = {
+    float_ops.linear: _layer,
+    float_ops.conv: _layer,
+    float_ops.add: _add,
+    float_ops.mul: _mul,
+    float_ops.mean: _reduction(int8.mean.default, "dim", "keepdim"),
+    float_ops.average_pool: _reduction(
+        int8.average_pool.default, "kernel", "stride", "padding", "ceil_mode", "count_include_pad", "divisor"
+    ),
+    float_ops.adaptive_average_pool: _reduction(int8.adaptive_average_pool.default, "size"),
+    float_ops.channel_affine: _channel_affine,
+    float_ops.cat: _cat,
+    float_ops.clamp: _clamp,
+    float_ops.unary: _unary,
+}

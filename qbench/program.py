@@ -1,0 +1,178 @@
+"""A program: a graph of int8 operations and float calls over named tensors, and how a backend runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from qbench import structure
+from qbench.backends import Backend
+from qbench.capture import attach
+from qbench.fusion import has_macs
+from qbench.ops import ACTIVATIONS, is_int8_op
+
+EDGES = {torch.ops.qbench.quantize.default, torch.ops.qbench.dequantize.default}
+
+
+@dataclass
+class Macs:
+    """Multiply-accumulates performed so far, counted by the kernels as they run."""
+
+    int8: int = 0
+    float32: int = 0
+
+    @property
+    def int8_fraction(self) -> float | None:
+        """The share done in int8, None when nothing was multiplied."""
+        total = self.int8 + self.float32
+        return self.int8 / total if total else None
+
+
+@dataclass
+class Program:
+    """A graph over named tensors: what `.qb` files hold and backends execute.
+
+    `inputs` gives shape (None = any size) and dtype of each placeholder, `outputs` how the results are nested.
+    """
+
+    graph: fx.Graph
+    tensors: dict[str, Tensor]
+    inputs: list[dict[str, Any]]
+    outputs: structure.Structure
+
+    def __post_init__(self) -> None:
+        used = [node.target for node in self.graph.nodes if node.op == "get_attr"]
+        self.tensors = {name: self.tensors[name].contiguous() for name in dict.fromkeys(used)}
+        self.graph.lint()
+
+    def module(self) -> fx.GraphModule:
+        """The program as a GraphModule; its code is readable documentation."""
+        return fx.GraphModule(attach(self.tensors), self.graph)
+
+    @property
+    def float_ops(self) -> list[str]:
+        """The calls that compute in float, by node: everything that is neither an int8 operation nor a move of codes."""
+        kinds = _value_kinds(self.graph)
+        return [
+            f"{node.name}: {node.target}"
+            for node in self.graph.nodes
+            if node.op == "call_function" and not is_int8_op(node.target) and kinds[node] == "float"
+        ] + [
+            f"{node.name}: {node.target}"
+            for node in self.graph.nodes
+            if is_int8_op(node.target) and "weight_only" in str(node.target)
+        ]
+
+    def check_inputs(self, leaves: list[Any]) -> None:
+        """Raise ValueError when the tensors are not what the program takes."""
+        if len(leaves) != len(self.inputs):
+            raise ValueError(f"the network takes {len(self.inputs)} input tensors, {len(leaves)} were given")
+        for index, (leaf, spec) in enumerate(zip(leaves, self.inputs, strict=True)):
+            fits = isinstance(leaf, Tensor) and len(leaf.shape) == len(spec["shape"])
+            if not fits or any(want not in (None, have) for want, have in zip(spec["shape"], leaf.shape, strict=True)):
+                want = ["any" if size is None else size for size in spec["shape"]]
+                have = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"input {index} has the shape {have}, the network takes {want}")
+            if str(leaf.dtype)[6:] != spec["dtype"]:
+                raise ValueError(f"input {index} is {str(leaf.dtype)[6:]}, the network takes {spec['dtype']}")
+
+    def lower(self, backend: Backend, macs: Macs) -> Callable[..., Any]:
+        """A function of the input tensors (nested as the model's own) that runs the program on a backend."""
+        lowered = _lower(self, backend, macs)
+
+        @torch.inference_mode()
+        def run(*inputs: Any) -> Any:
+            leaves = pytree.tree_leaves(inputs)
+            self.check_inputs(leaves)
+            return structure.build(self.outputs, list(lowered(*leaves)))
+
+        return run
+
+
+def _value_kinds(graph: fx.Graph) -> dict[fx.Node, str]:
+    """For each node whether its value is float, codes, or a number (sizes)."""
+    kinds: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.target is torch.ops.qbench.dequantize.default or node.op == "placeholder":
+            kinds[node] = "float"
+        elif is_int8_op(node.target):
+            leaves_float = "dynamic" in str(node.target) or "weight_only" in str(node.target)
+            leaves_float |= "scale" in node.kwargs and node.kwargs["scale"] is None
+            kinds[node] = "float" if leaves_float else "codes"
+        elif node.op == "call_function":
+            inputs = {kinds[source] for source in node.all_input_nodes if source.op != "get_attr"} - {"number"}
+            sized = "sym_size" in str(node.target) or not isinstance(node.target, torch._ops.OpOverload) and not inputs
+            kinds[node] = "number" if sized else "codes" if inputs == {"codes"} else "float"
+        else:
+            kinds[node] = "constant"
+    return kinds
+
+
+def _lower(program: Program, backend: Backend, macs: Macs) -> fx.GraphModule:
+    """The graph again, with a prepared kernel in the place of each int8 operation."""
+    graph, values, held = fx.Graph(), {}, {}
+    for node in program.graph.nodes:
+        if is_int8_op(node.target):
+            values[node] = _kernel_node(graph, node, program.tensors, backend, macs, values)
+        elif node.op == "call_function" and has_macs(node):
+            kernel = _counting(node.target, macs)
+            values[node] = graph.call_function(kernel, *fx.map_arg((node.args, node.kwargs), lambda n: values[n]))
+        else:
+            values[node] = graph.node_copy(node, lambda n: values[n])
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            held[node.target] = program.tensors[node.target]
+    return fx.GraphModule(attach(held), graph)
+
+
+def _kernel_node(
+    graph: fx.Graph,
+    node: fx.Node,
+    tensors: dict[str, Tensor],
+    backend: Backend,
+    macs: Macs,
+    values: dict[fx.Node, fx.Node],
+) -> fx.Node:
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given: dict[str, Any] = {a.name: a.default_value for a in schema} | dict(node.kwargs)
+    given |= dict(zip([a.name for a in schema], node.args, strict=False))
+    activations = [given[name] for name in ACTIVATIONS if name in given and given[name] is not None]
+    constants = {
+        name: tensors[value.target] if isinstance(value, fx.Node) else value  # type: ignore[index]
+        for name, value in given.items()
+        if name not in ACTIVATIONS
+    }
+    kernel = backend.kernel(node, constants, macs)
+    return graph.create_node("call_function", kernel, tuple(values[a] for a in activations), name=node.name)
+
+
+def _counting(target: Any, macs: Macs) -> Callable[..., Any]:
+    """The float call itself, counting its multiply-accumulates."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        result = target(*args, **kwargs)
+        macs.float32 += _float_macs(target, args, result)
+        return result
+
+    counted.__name__ = target._schema.name.split("::")[1]
+    counted.__module__ = __name__
+    return counted
+
+
+def _float_macs(target: Any, args: tuple[Any, ...], result: Any) -> int:
+    name = target._schema.name.split("::")[1]
+    if name in ("linear", "conv1d", "conv2d", "conv3d", "convolution"):
+        return int(result.numel() * args[1].numel() // args[1].shape[0])
+    if name.startswith("conv_transpose"):
+        return int(args[0].numel() * args[1].numel() // args[1].shape[0])
+    if name in ("mm", "bmm", "matmul"):
+        return int(result.numel() * args[0].shape[-1])
+    if name in ("addmm", "baddbmm"):
+        return int(result.numel() * args[1].shape[-1])
+    return int(result.numel()) if isinstance(result, Tensor) else 1

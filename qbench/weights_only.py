@@ -1,0 +1,84 @@
+"""Programs whose values stay float between the layers: fp32, weight-only (woq) and dynamic (ptdq)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qbench import float_ops
+from qbench.capture import Network
+from qbench.convert import weight_arguments
+from qbench.fusion import has_macs, kept_layers, layer_call, refuse_float_macs
+from qbench.numerics import check_accumulator, quantize_weight
+from qbench.program import Program
+from qbench.recipe import Recipe
+
+int8 = torch.ops.qbench
+
+
+def float_program(network: Network) -> Program:
+    """The network as it is, in the same form as the others: what an fp32 file holds."""
+    return Program(network.graph, network.tensors, network.inputs, network.outputs)
+
+
+def weight_only_program(network: Network, recipe: Recipe) -> Program:
+    """Each layer reads its int8 weight back as float. Operations without weights stay as they are."""
+    return _replace_layers(network, recipe, "weight_only", {})
+
+
+def dynamic_program(network: Network, recipe: Recipe) -> Program:
+    """Each layer quantizes its input at run time and multiplies in int8."""
+    options = {"rows": recipe.activation_granularity.name, "scheme": recipe.activation_scheme.name}
+    program = _replace_layers(network, recipe, "dynamic", options)
+    refuse_float_macs(program.graph, kept_layers(network, recipe.keep_float))
+    return program
+
+
+def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[str, Any]) -> Program:
+    kept = kept_layers(network, recipe.keep_float)
+    graph, tensors, values = fx.Graph(), dict(network.tensors), {}
+
+    def hold(name: str, tensor: Tensor) -> fx.Node:
+        tensors[name] = tensor
+        return graph.get_attr(name)
+
+    for node in network.graph.nodes:
+        call = layer_call(node) if node.op == "call_function" and node.meta["layer"] not in kept else None
+        if call is None or not has_macs(node):
+            values[node] = graph.node_copy(node, lambda n: values[n])
+        else:
+            function, (x, weight_node, bias_node, *window) = call
+            arguments: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), window, strict=False))
+            arguments |= _weight(network, node, weight_node, bias_node, recipe, kind, hold) | options
+            name = f"{kind}_{'linear' if function is float_ops.linear else 'conv'}"
+            values[node] = graph.create_node(
+                "call_function",
+                getattr(int8, name).default,
+                (values[x],),
+                arguments,
+                name=node.meta["layer"].replace(".", "_") or node.name,
+            )
+        values[node].meta = {"layer": node.meta.get("layer", "")}
+    graph.eliminate_dead_code()
+    return Program(graph, tensors, network.inputs, network.outputs)
+
+
+def _weight(
+    network: Network, node: fx.Node, weight_node: fx.Node, bias_node: fx.Node | None, recipe: Recipe, kind: str, hold: Any
+) -> dict[str, Any]:
+    layer = node.meta["layer"] or node.name
+    try:
+        weight = quantize_weight(
+            network.tensors[weight_node.target],  # type: ignore[index]
+            recipe.granularity,
+            recipe.scheme,
+            recipe.group_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: {error}") from error
+    if kind == "dynamic":
+        check_accumulator(layer, weight, None)
+    bias = None if bias_node is None else network.tensors[bias_node.target]  # type: ignore[index]
+    return weight_arguments(hold, layer, weight, bias)
