@@ -1,0 +1,162 @@
+"""Measuring one cell: the settings, and what runs in its timing and memory children.
+
+A child measures (`time_cell`, `memory_cell`: JSON in, JSON out, torch inside); the parent puts the children's answers
+together (`qbench.latency.combine`, no torch). Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qbench import compiled, latency, memory
+from qbench.timing import Timing, time_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How a cell is measured: `conf/measure/*.yaml`. Raises ValueError with one line for an impossible value.
+
+    `batch` is the larger batch, timed beside batch 1. `processes` fresh processes time `rounds` rounds each; a block
+    has at least `block_calls` calls and `block_ms` milliseconds. `examples` cuts the evaluation (None: all of them),
+    which runs in batches of `eval_batch`. `compile` times the compiled fp32 network too, in the fp32 cell.
+    """
+
+    threads: int = 1
+    batch: int = 16
+    processes: int = 3
+    rounds: int = 5
+    block_calls: int = 10
+    block_ms: float = 50.0
+    examples: int | None = None
+    eval_batch: int = 125
+    compile: bool = True
+    timeout_s: float = 600.0
+    layers: bool = True
+    figures: bool = True
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Measure:
+        """The settings of a configuration node (its `_target_` aside)."""
+        return cls(**{name: value for name, value in config.items() if name != "_target_"})
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch 1, whose metrics have no suffix, and the larger one."""
+        return (1, self.batch) if self.batch > 1 else (1,)
+
+    @property
+    def timing(self) -> Timing:
+        """The part that says how blocks are timed."""
+        return Timing(rounds=self.rounds, block_calls=self.block_calls, block_s=self.block_ms / 1e3)
+
+
+SMALLEST = {
+    "threads": 1,
+    "batch": 1,
+    "processes": 1,
+    "rounds": 1,
+    "block_calls": 3,  # two are dropped
+    "block_ms": 0.0,
+    "examples": 1,
+    "eval_batch": 1,
+    "timeout_s": 1.0,
+}
+SWITCHES = ("compile", "layers", "figures")
+REAL = ("block_ms", "timeout_s")
+
+
+def _check(name: str, value: Any) -> None:
+    """Raise ValueError unless the value is possible."""
+    if name in SWITCHES:
+        if not isinstance(value, bool):
+            raise ValueError(f"measure.{name}={value!r}: allowed are true and false")
+        return
+    if name == "examples" and value is None:
+        return
+    kind, word = (int | float, "a number") if name in REAL else (int, "a whole number")
+    # NaN and infinity compare false.
+    if isinstance(value, bool) or not isinstance(value, kind) or not SMALLEST[name] <= value < 1e12:
+        also = " or null" if name == "examples" else ""
+        raise ValueError(f"measure.{name}={value!r}: allowed is {word} of at least {SMALLEST[name]:g}{also}")
+
+
+def time_cell(
+    program: str | None,
+    task_config: dict[str, Any],
+    prepared: dict[str, Any],
+    measure: dict[str, Any],
+    process_index: int,
+    cache: str,
+) -> dict[str, Any]:
+    """Time one cell in this process, which must be fresh; one of `measure.processes` answers for `latency.combine`.
+
+    `program` is the saved .qb file of a quantized cell, timed against fp32 as torch runs it (eager). None means the
+    fp32 cell: eager against compiled, so that the others can be chained to the faster. `cache` is the results' cache
+    folder (the compiler's products are kept there, only the first process pays for them).
+    """
+    import torch
+
+    from qbench import evaluate
+
+    settings = Measure.of(measure)
+    torch.set_num_threads(settings.threads)
+    contestants: dict[str, Callable[..., Any]] = {latency.EAGER: evaluate.fp32_model(task_config, prepared)}
+    if program is not None:
+        from qbench.saved import load
+
+        contestants[latency.CELL] = load(program)
+    answer: dict[str, Any] = {"batches": {}, "compile_failure": None}
+    with torch.inference_mode():
+        for batch in settings.batches:
+            inputs = evaluate.example_batch(task_config, batch)
+            fp32 = (
+                _compiled(contestants[latency.EAGER], inputs, cache, answer) if settings.compile and not program else {}
+            )
+            calls = {name: partial(function, *inputs) for name, function in {**contestants, **fp32}.items()}
+            times = time_blocks(calls, settings.timing, seed=process_index * 10_000 + batch)
+            answer["batches"][str(batch)] = times.as_json()
+    return answer
+
+
+def _compiled(model: Any, inputs: tuple[Tensor, ...], cache: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """The compiled contestant; after a failure, which the answer then tells, none."""
+    outcome = compiled.compile_fp32(model, inputs, cache) if answer["compile_failure"] is None else ""
+    if isinstance(outcome, str):
+        answer["compile_failure"] = answer["compile_failure"] or outcome
+        return {}
+    return {latency.COMPILED: outcome}
+
+
+def memory_cell(
+    program: str, task_config: dict[str, Any], prepared: dict[str, Any], measure: dict[str, Any]
+) -> dict[str, Any]:
+    """The memory that loading the saved file and three forwards at the larger batch take, in this fresh process.
+
+    Returns {"metrics": {"peak_memory_bytes": ...}}, without the metric where the system does not tell.
+    """
+    import torch
+
+    from qbench import evaluate
+    from qbench.saved import load
+
+    settings = Measure.of(measure)
+    torch.set_num_threads(settings.threads)
+    inputs = evaluate.example_batch(task_config, settings.batch)
+    with torch.inference_mode():
+        peak = memory.memory_of(lambda: load(program), inputs)
+    return {"metrics": {} if peak is None else {"peak_memory_bytes": peak}}
+
+
+memory_of = memory.memory_of
+combine = latency.combine

@@ -1,0 +1,148 @@
+"""Blocks of consecutive calls, interleaved: how contestants are timed against each other in one process.
+
+Call by call would measure the neighbour's spinning threads and a cold cache; a block long enough to settle does not.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from qbench.statistics import kendall_tau
+
+Call = Callable[[], Any]
+
+DROPPED = 2  # first calls of a block: they find the neighbour's data in the caches
+WINDOW = 5  # the warm-up ends when the medians of so many blocks show no trend ...
+NO_TREND = 0.8
+MOST_WARM_UP = 10  # ... or after so many blocks
+DISTURBANCE = 0.05  # a contestant must reproduce its time alone to within this share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """A block has at least `block_calls` calls (three or more) and `block_s` seconds; `pause_s` of sleep between."""
+
+    rounds: int = 5
+    block_calls: int = 10
+    block_s: float = 0.05
+    pause_s: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.block_calls <= DROPPED:
+            raise ValueError(
+                f"{self}: at least 1 round and {DROPPED + 1} calls a block, of which {DROPPED} are dropped"
+            )
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Milliseconds by contestant: kept single calls, one median a round, and the median alone, before the rounds.
+
+    `settled` says whether the warm-up ended by its rule.
+    """
+
+    calls_ms: dict[str, list[float]]
+    medians_ms: dict[str, list[float]]
+    alone_ms: dict[str, float]
+    settled: dict[str, bool]
+
+    def ratios(self, numerator: str, denominator: str) -> list[float]:
+        """The ratio of two contestants' block medians in each round."""
+        return [a / b for a, b in zip(self.medians_ms[numerator], self.medians_ms[denominator], strict=True)]
+
+    def shift(self, name: str) -> float:
+        """A contestant's time among the others over its time alone."""
+        return median(self.medians_ms[name]) / self.alone_ms[name]
+
+    def as_json(self) -> dict[str, Any]:
+        """As a dict of lists; `BlockTimes(**...)` is the way back."""
+        return asdict(self)
+
+
+def time_blocks(
+    contestants: Mapping[str, Call],
+    timing: Timing | None = None,
+    *,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> BlockTimes:
+    """Time functions of no argument against each other: warm each up alone, then rounds of blocks in random order.
+
+    `clock` counts seconds. The garbage collector rests meanwhile. Raises ValueError without a contestant.
+    """
+    if not contestants:
+        raise ValueError("nothing to time: give at least one contestant")
+    timing, order = timing or Timing(), random.Random(seed)
+    calls: dict[str, list[float]] = {name: [] for name in contestants}
+    medians: dict[str, list[float]] = {name: [] for name in contestants}
+    with _no_garbage_collection():
+        warm = {name: _warm_up(call, timing, clock, sleep) for name, call in contestants.items()}
+        for _ in range(timing.rounds):
+            for name in order.sample(list(contestants), len(contestants)):
+                sleep(timing.pause_s)
+                block = _block(contestants[name], timing, clock)
+                calls[name] += block
+                medians[name].append(median(block))
+    alone, settled = ({name: part[i] for name, part in warm.items()} for i in (0, 1))
+    return BlockTimes(calls, medians, alone, settled)  # type: ignore[arg-type]
+
+
+def _block(call: Call, timing: Timing, clock: Callable[[], float]) -> list[float]:
+    """The kept calls of one block, in milliseconds."""
+    times: list[float] = []
+    start = now = clock()
+    while len(times) < timing.block_calls or now - start < timing.block_s:
+        before = now
+        call()
+        now = clock()
+        times.append((now - before) * 1e3)
+    return times[DROPPED:]
+
+
+def _warm_up(
+    call: Call, timing: Timing, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> tuple[float, bool]:
+    """Run a contestant alone until it is steady: its median of the last blocks, and whether it settled."""
+    blocks: list[list[float]] = []
+    while len(blocks) < MOST_WARM_UP:
+        sleep(timing.pause_s)
+        blocks.append(_warm_up_block(call, timing.block_s, clock))
+        if len(blocks) >= WINDOW and abs(kendall_tau([median(block) for block in blocks[-WINDOW:]])) < NO_TREND:
+            return _median_of(blocks), True
+    return _median_of(blocks), False
+
+
+def _median_of(blocks: list[list[float]]) -> float:
+    return median(ms for block in blocks[-WINDOW:] for ms in block)
+
+
+def _warm_up_block(call: Call, block_s: float, clock: Callable[[], float]) -> list[float]:
+    """A cheap block: a fifth of the time of a full one, three calls or, of slow ones, as many as fill a full one."""
+    times: list[float] = []
+    start = now = clock()
+    while now - start < block_s / 5 or (len(times) < 3 and now - start < block_s):
+        before = now
+        call()
+        now = clock()
+        times.append((now - before) * 1e3)
+    return times
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
