@@ -1,7 +1,7 @@
 """The two hashes of a record. `cell` is what is asked; `key` is one answer to it, and decides what is run again.
 
-    cell = sha256(canonical recipe, task, measurement settings, data, fp32 weights)
-    key  = sha256(cell, content of the source files the cell runs, environment that can change a number)
+cell = sha256(canonical recipe, task, measurement settings, data, fp32 weights)
+key  = sha256(cell, content of the source files the cell runs, environment that can change a number)
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def environment() -> dict[str, Any]:
     return {
         **answering_environment(),
         **versions(("hydra-core", "mlflow", "numpy", "safetensors")),
+        "vnni": any("vnni" in flag for flag in answering_environment()["cpu_flags"]),
         "qbench": __version__,
         "git_revision": git_revision(),
         "cores": cores(),

@@ -32,7 +32,9 @@ def modules_of_targets(config: Any) -> list[str]:
     """The modules that the `_target_` entries of a configuration name, at any depth."""
     if isinstance(config, Mapping):
         own = [_module_of(config["_target_"])] if "_target_" in config else []
-        return [name for name in own if name] + [name for value in config.values() for name in modules_of_targets(value)]
+        return [name for name in own if name] + [
+            name for value in config.values() for name in modules_of_targets(value)
+        ]
     if isinstance(config, list | tuple):
         return [name for value in config for name in modules_of_targets(value)]
     return []
@@ -55,7 +57,9 @@ def _imports(node: ast.AST, package: str) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-        base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+        base = (
+            importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+        )
         yield base or package
         yield from (f"{base}.{alias.name}" for alias in node.names)  # an attribute is found to be no module later
     elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):

@@ -41,7 +41,9 @@ def _open() -> Iterator[int]:
     """The lock file, made readable for every user; closing it frees the lock."""
     path = Path(tempfile.gettempdir()) / NAME
     try:
-        handle = os.open(path, os.O_RDONLY)  # another user's file may be opened, but not with O_CREAT, in a sticky folder
+        handle = os.open(
+            path, os.O_RDONLY
+        )  # another user's file may be opened, but not with O_CREAT, in a sticky folder
     except FileNotFoundError:
         handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
     try:

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qbench.config import instantiate as instantiate  # children build their tasks with it
+from qbench.sources import PROJECT_PACKAGES
 
 Say = Callable[[str], None]
 
@@ -35,11 +37,15 @@ LONGEST_SENTENCE = 600
 
 
 class WorkerError(RuntimeError):
-    """A child that gave no result; the message is one sentence. `types` names the exception and its bases, if it was one."""
+    """A child that gave no result; the message is one sentence.
 
-    def __init__(self, sentence: str, types: tuple[str, ...] = ()) -> None:
+    `types` names the exception and its bases, if it was one; `misuse` says that it was the input's fault: a ValueError
+    which the project raised on purpose.
+    """
+
+    def __init__(self, sentence: str, types: tuple[str, ...] = (), misuse: bool = False) -> None:
         super().__init__(sentence)
-        self.types = types
+        self.types, self.misuse = types, misuse
 
 
 @functools.cache
@@ -53,6 +59,13 @@ def warm_up() -> None:
     """Start the fork server, which loads torch while the caller goes on."""
     _context()
     forkserver.ensure_running()
+
+
+def stop() -> None:
+    """End the fork server, which would otherwise finish loading torch before it sees that nobody needs it."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
 
 
 def run(
@@ -75,7 +88,7 @@ def run(
         finally:
             _end(child)
     if "error" in answer:
-        raise WorkerError(answer["error"], tuple(answer["types"]))
+        raise WorkerError(answer["error"], tuple(answer["types"]), answer["misuse"])
     result: dict[str, Any] = answer["result"]
     return result
 
@@ -138,8 +151,7 @@ def _serve(sender: Any, log: str, function: str, arguments: str) -> None:
         answer = json.dumps({"result": target(**json.loads(arguments), **say)}, allow_nan=False)
     except Exception as error:  # noqa: BLE001 - whatever a cell raises becomes its record
         traceback.print_exc()
-        types = [base.__name__ for base in type(error).__mro__]
-        answer = json.dumps({"error": _sentence(error), "types": types})
+        answer = json.dumps(_failure(error))
     sender.send_bytes(answer.encode())
 
 
@@ -162,11 +174,26 @@ def _redirect_output(log: str) -> None:
     faulthandler.enable(file=2)
 
 
-def _sentence(error: Exception) -> str:
+def _failure(error: Exception) -> dict[str, Any]:
     """The error on one line; errors that are not written for readers carry their type."""
+    ours = _is_ours(type(error).__module__) or _is_ours(_raised_in(error))
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError):
         text = f"out of memory: {text}"
-    elif type(error).__module__.partition(".")[0] not in ("qbench", "tasks") and not isinstance(error, ValueError):
+    elif not (ours and isinstance(error, ValueError | RuntimeError)):
         text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= LONGEST_SENTENCE else text[:LONGEST_SENTENCE] + " ..."
+    return {
+        "error": text if len(text) <= LONGEST_SENTENCE else text[:LONGEST_SENTENCE] + " ...",
+        "types": [base.__name__ for base in type(error).__mro__],
+        "misuse": ours and isinstance(error, ValueError),
+    }
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in PROJECT_PACKAGES
+
+
+def _raised_in(error: Exception) -> str:
+    """The module whose code raised the error."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""

@@ -1,0 +1,207 @@
+"""From a command line to composed cells, and back to Hydra's launcher; every error of Hydra becomes one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbench.config import RECIPE_VALUES, RUN_VALUES, UsageError, conf_folder, one_line
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composed configuration: plain values, the choice in each group, and the overrides that lead to it."""
+
+    values: dict[str, Any]
+    choices: dict[str, str]
+    overrides: tuple[str, ...]
+
+
+class Composer:
+    """Hydra, set up for one command line. Every method raises UsageError with one line for what Hydra refuses."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        sweeps = [_key(text) for text in arguments.overrides].count("sweep")
+        self.multirun = arguments.multirun or sweeps > 0
+        self.config_dir: str | None = arguments.config_dir
+        self._overrides = list(arguments.overrides)
+        if sweeps > 1 or any("," in text for text in arguments.overrides if _key(text) == "sweep"):
+            raise UsageError("one sweep at a time: run them one after the other, finished cells are not run again")
+        with self._one_line_errors():
+            self._hydra = _hydra(arguments.config_dir)
+            self._master = self._compose_master()
+
+    def jobs(self) -> Iterator[Job]:
+        """Every combination that the command line asks for, composed."""
+        for overrides in self._combinations():
+            yield self.job(overrides)
+
+    def job(self, overrides: Sequence[str]) -> Job:
+        """One combination, composed."""
+        with self._one_line_errors():
+            config = self._hydra.config_loader.load_sweep_config(self._master, list(overrides))
+            job = _job(config, overrides)
+        self._check(job)
+        return job
+
+    def _check(self, job: Job) -> None:
+        """Nothing is accepted and ignored: exactly the known keys, and one choice in each group."""
+        if unknown := set(job.values) - set(_known_keys()):
+            raise UsageError(self._unknown_key(unknown.pop()))
+        for group in _groups():
+            if group not in job.choices or group not in job.values:
+                raise UsageError(f"{group}: give exactly one, such as {group}=...; several with -m {group}=...,...")
+
+    def launch(self, jobs: Sequence[Sequence[str]], function: Callable[[tuple[str, ...]], object], first: int) -> None:
+        """Run jobs, given by their overrides, through the configured Hydra launcher; `first` numbers the first."""
+        from hydra._internal.callbacks import Callbacks
+        from hydra.core.plugins import Plugins
+        from hydra.types import HydraContext
+
+        context = HydraContext(config_loader=self._hydra.config_loader, callbacks=Callbacks(self._master))
+        with self._one_line_errors():
+            launcher = Plugins.instance().instantiate_launcher(context, _Launched(function), self._master)
+        for result in launcher.launch([list(overrides) for overrides in jobs], initial_job_idx=first):
+            _ = result.return_value  # raises what was no cell's failure: Ctrl-C, a full disk, an error of our own
+
+    def print_help(self, parser: Any, arguments: Namespace) -> None:
+        """Print the help text of config.yaml with the groups and values of this command line."""
+        self._hydra.app_help(config_name="config", args_parser=parser, args=arguments)
+
+    def _compose_master(self) -> DictConfig:
+        from hydra.types import RunMode
+
+        mode = RunMode.MULTIRUN if self.multirun else RunMode.RUN
+        return self._hydra.compose_config("config", self._overrides, mode, with_log_configuration=False)
+
+    def _combinations(self) -> list[list[str]]:
+        """One list of overrides a job: the sweep's parameters and the command line's, the latter winning."""
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        sweeper = self._master.hydra.sweeper
+        if not sweeper["_target_"].endswith(".BasicSweeper"):
+            raise UsageError(f"hydra/sweeper: {sweeper['_target_']} is not supported; qbench sweeps with the basic one")
+        own = [override for override in self._overrides if not override.lstrip("+~").startswith("hydra")]
+        if not self.multirun:
+            return [own]
+        texts = [f"{name}={value}" for name, value in (sweeper.params or {}).items()] + own
+        with self._one_line_errors():
+            parsed = OverridesParser.create(config_loader=self._hydra.config_loader).parse_overrides(texts)
+            return BasicSweeper.split_arguments(parsed, None)[0]
+
+    @contextlib.contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        try:
+            yield
+        except UsageError:
+            raise
+        except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+            raise UsageError(self._explain(error)) from error
+
+    def _explain(self, error: Exception) -> str:
+        """Hydra's message, shortened to what was given, what is allowed and what to do."""
+        from hydra.errors import OverrideParseException
+
+        text = f"{error} {error.__cause__ or ''}"
+        if isinstance(error, OverrideParseException):
+            return f"{error.override!r} is not understood; write key=value, see python -m qbench --help"
+        if found := re.search(r"Could not find '([\w/]+)/([^/']*)'", text):
+            return self._unknown_choice(found[1], found[2])
+        if found := re.search(r"(?:Could not override|Could not append[^']*) '([^']+)'", text):
+            return self._unknown_key(found[1])
+        if found := re.search(r"Ambiguous value for argument '([^']+)'|Sweep parameters '([^']+)'", text):
+            return f"{found[1] or found[2]} is a sweep: add -m, or give a list in brackets, such as [a,b]"
+        return one_line(text)
+
+    def _unknown_choice(self, group: str, name: str) -> str:
+        options = self._hydra.config_loader.get_group_options(group)
+        return f"{group}={name}: allowed are {', '.join(sorted(options))}{_hint(name, options)}"
+
+    def _unknown_key(self, key: str) -> str:
+        if key.lstrip("+") == "sweep":
+            return "sweep=...: write +sweep=..., it is added to the configuration"
+        known = [*_known_keys(), "sweep"]
+        if key in known:
+            return f"{key}: the value does not fit; see python -m qbench --help"
+        where = " with these choices" if "." in key else ""
+        return f"unknown option {key!r}{where}{_hint(key, known)}; see python -m qbench --help"
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """What a launcher calls, perhaps in another process: passes the job's overrides on."""
+
+    function: Callable[[tuple[str, ...]], object]
+
+    def __call__(self, config: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        self.function(tuple(HydraConfig.get().overrides.task))
+
+
+def close() -> None:
+    """Forget Hydra's global state, so that another command line can be composed in this process."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+
+
+def _hydra(config_dir: str | None) -> Hydra:
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+
+    version.setbase("1.3")
+    search_path = create_config_search_path(str(conf_folder()))
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UsageError(f"--config-dir {config_dir}: no such folder")
+        query = SearchPathQuery(provider="schema")
+        search_path.prepend(provider="command-line", path=f"file://{Path(config_dir).resolve()}", anchor=query)
+    close()
+    return Hydra.create_main_hydra2("qbench", search_path)
+
+
+def _job(config: DictConfig, overrides: Sequence[str]) -> Job:
+    from omegaconf import OmegaConf
+
+    choices = {name: value for name, value in config.hydra.runtime.choices.items() if "/" not in name}
+    content = {name: config._get_node(name) for name in config if name != "hydra"}
+    values = OmegaConf.to_container(OmegaConf.create(content), resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return Job({str(name): value for name, value in values.items()}, choices, tuple(overrides))
+
+
+def _key(override: str) -> str:
+    """`+sweep=all` -> `sweep`."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _groups() -> list[str]:
+    """The groups of which each cell has one choice."""
+    return sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "sweep")
+
+
+def _known_keys() -> list[str]:
+    return [*_groups(), *RECIPE_VALUES, *RUN_VALUES]
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

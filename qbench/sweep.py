@@ -1,0 +1,159 @@
+"""From a command line to a table: plan the cells, prepare their tasks, run what is not finished, show what came out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbench import report, results, tracking
+from qbench.cell import answer
+from qbench.compose import Composer
+from qbench.config import UsageError
+from qbench.plan import Cell, identify, plan
+from qbench.preparation import prepare_tasks, remembered_tasks
+from qbench.progress import Pace, Progress, duration
+from qbench.record import Record
+
+OK, FAILED, MISUSE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: where results go, whether finished cells run again, whether anything runs at all."""
+
+    results: Path
+    force: bool
+    dry_run: bool
+    sweep: str  # its name in the MLflow store, the same when it is resumed
+
+
+def run_sweep(composer: Composer) -> int:
+    """Run each cell that a command line asks for and that is not finished, and show them all. Returns the exit code."""
+    cells = plan(composer)
+    options = options_of(cells)
+    with results.claim(options.results):
+        if options.dry_run:
+            return list_cells(identify(cells, remembered_tasks(cells, options.results)), options)
+        tracking.check_store(options.results)
+        cells = identify(cells, prepare_tasks(cells, options.results, Progress()))
+        todo = [cell for cell in cells if options.force or not is_finished(cell, options)]
+        try:
+            announce(cells, todo)
+            run_cells(todo, composer, options)
+        except KeyboardInterrupt:
+            finished = sum(is_finished(cell, options) for cell in cells)
+            print(f"\n{finished} of {len(cells)} cells are finished; the same command goes on", file=sys.stderr)
+            raise
+        return show(cells, options)
+
+
+def options_of(cells: Sequence[Cell]) -> Options:
+    """The settings that the whole command line shares. Raises UsageError for a value that is none, or for several."""
+    values, choices = cells[-1].job.values, cells[-1].job.choices
+    for name in ("results", "force", "dry_run"):
+        if any(cell.job.values[name] != values[name] for cell in cells):
+            raise UsageError(f"{name}: give one value for the whole sweep")
+    for name in ("force", "dry_run"):
+        if not isinstance(values[name], bool):
+            raise UsageError(f"{name}={values[name]}: give true or false")
+    if not isinstance(values["results"], str) or not values["results"]:
+        raise UsageError(f"results={values['results']}: give a folder")
+    measure = "" if choices["measure"] == "default" else f"-{choices['measure']}"
+    return Options(Path(values["results"]), values["force"], values["dry_run"], choices.get("sweep", "cells") + measure)
+
+
+def is_finished(cell: Cell, options: Options) -> bool:
+    """Has this very answer been recorded? What failed or was skipped is tried again."""
+    record = results.read_finished(options.results, cell.key) if cell.key else None
+    return record is not None and record.status == "ok"
+
+
+def announce(cells: Sequence[Cell], todo: Sequence[Cell]) -> None:
+    """Say what is going to happen."""
+    if not todo:
+        print(f"nothing to do: all {len(cells)} cells are finished (force=true runs them again)", flush=True)
+        return
+    first = ", ".join(cell.name for cell in todo if cell.is_baseline)
+    order = f"; {first} first, the others are compared with it" if first and len(todo) > 1 else ""
+    print(f"{len(cells)} cells, {len(cells) - len(todo)} finished, {len(todo)} to run{order}", flush=True)
+
+
+def run_cells(todo: Sequence[Cell], composer: Composer, options: Options) -> None:
+    """Run cells through Hydra's launcher, all fp32 cells before those that are compared with them."""
+    if not todo:
+        return
+    tracking.prepare_store(options.results)
+    run = RunCell({cell.job.overrides: number for number, cell in enumerate(todo)}, todo, options, os.getpid())
+    baselines = sum(cell.is_baseline for cell in todo)
+    for first, part in (0, todo[:baselines]), (baselines, todo[baselines:]):
+        if part:
+            composer.launch([cell.job.overrides for cell in part], run, first)
+
+
+@dataclass(frozen=True)
+class RunCell:
+    """What a launcher calls for each cell: answers it and says so; whatever fails becomes the cell's record."""
+
+    numbers: Mapping[tuple[str, ...], int]
+    cells: Sequence[Cell]
+    options: Options
+    parent: int
+
+    def __call__(self, overrides: tuple[str, ...]) -> None:
+        number = self.numbers[overrides]
+        cell, place = self.cells[number], f"[{number + 1}/{len(self.cells)}]"
+        progress = Progress()
+        progress.begin(f"{place} {cell.name}", self._rest(self.cells[number:]))
+        record = answer(cell, self.options.results, progress.say)
+        progress.end(f"{place} {report.one_line(record)}")
+        if os.getpid() == self.parent:  # else a launcher has it run elsewhere, and the parent logs it at the end
+            try:
+                tracking.log(record, self.options.results, self.options.sweep)
+            except tracking.TrackingError as error:
+                print(f"qbench: not logged yet: {error}", file=sys.stderr)
+
+    def _rest(self, cells: Sequence[Cell]) -> str:
+        expected = Pace(results.newest_records(self.options.results)).expect(cells)
+        return f"{len(cells)} left" + ("" if expected is None else f", about {duration(expected)}")
+
+
+def list_cells(cells: Sequence[Cell], options: Options) -> int:
+    """Print which cells there are, which are finished, and how long the others will take."""
+    todo = [cell for cell in cells if options.force or not is_finished(cell, options)]
+    pace = Pace(results.newest_records(options.results))
+    for cell in cells:
+        expected = pace.expect([cell])
+        seconds = "" if expected is None else f"  about {duration(expected)}"
+        print(f"to do  {cell.name}{seconds}" if cell in todo else f"done   {cell.name}")
+    total = pace.expect(todo)
+    estimate = "no estimate before a first cell" if total is None else f"about {duration(total)}"
+    print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to do" + (f": {estimate}" if todo else ""))
+    return OK
+
+
+def show(cells: Sequence[Cell], options: Options) -> int:
+    """Log what the store lacks, write the summary, print the table and the link; the exit code tells of failures."""
+    found = (results.read_finished(options.results, cell.key) for cell in cells)
+    records = [record for record in found if record]
+    log_missing(records, options)
+    report.write_summary(results.newest_records(options.results), options.results)
+    print(report.table(records))
+    print(f"mlflow ui --backend-store-uri {tracking.store_uri(options.results)}")
+    print(tracking.deep_link(options.results, options.sweep))
+    failed = [record for record in records if record.status == "failed"]
+    for record in failed:
+        print(f"qbench: {record.task}: {record.error}; again: {record.details['command']}", file=sys.stderr)
+    return MISUSE if any(record.details.get("misuse") for record in failed) else FAILED if failed else OK
+
+
+def log_missing(records: Sequence[Record], options: Options) -> None:
+    """Bring the MLflow store up to the records: those that it lacks, and the saved view."""
+    tracking.prepare_store(options.results)
+    logged = tracking.logged_keys(options.results, options.sweep)
+    for record in records:
+        if record.key not in logged:
+            tracking.log(record, options.results, options.sweep)
+    tracking.save_view(records, options.results, options.sweep)

@@ -1,0 +1,73 @@
+"""Every YAML under conf/ composes, and means what its name says; new files are found by glob."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from qbench.compose import Composer
+from qbench.config import conf_folder, instantiate, measure_of, recipe_of
+from qbench.measure import Measure
+from qbench.recipe import AXES, Recipe
+
+CONF = conf_folder()
+CHOICES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
+AXIS_CHOICES = [choice for choice in CHOICES if choice.parts[0] in AXES]
+SWEEPS = [choice.name for choice in CHOICES if choice.parts[0] == "sweep"]
+NEEDS = {"torchvision": ["task.name=resnet18"]}  # what a choice cannot do without
+
+
+def composed(*overrides):
+    (job,) = Composer(Namespace(multirun=False, overrides=list(overrides), config_dir=None)).jobs()
+    return job
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if c.parts[0] != "sweep"], ids=str)
+def test_every_choice_composes(choice: Path):
+    group, name = choice.parts
+    job = composed(f"{group}={name}", *NEEDS.get(name, []))
+    assert job.choices[group] == name
+    assert "_target_" in job.values[group]
+
+
+@pytest.mark.parametrize("choice", AXIS_CHOICES, ids=str)
+def test_the_file_of_a_choice_is_named_like_the_object_it_makes(choice: Path):
+    axis, name = choice.parts
+    made = instantiate(composed(f"{axis}={name}").values[axis])
+    assert made.name == name
+    assert made == getattr(Recipe(**{axis: name}), axis)  # the YAML has the same values as the class
+
+
+def test_every_option_of_an_axis_has_a_file():
+    for axis, module in AXES.items():
+        options = {getattr(module, public).name for public in module.__all__}
+        assert options == {choice.name for choice in CHOICES if choice.parts[0] == axis}, axis
+
+
+def test_the_defaults_of_the_configuration_are_those_of_the_classes():
+    values = composed().values
+    assert recipe_of(values) == Recipe()
+    assert measure_of(values) == Measure()
+
+
+def test_quick_measures_less_than_default():
+    quick, default = (measure_of(composed(f"measure={name}").values) for name in ("quick", "default"))
+    assert quick.processes < default.processes
+    assert quick.examples == 1000
+    assert not quick.compile
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_sweep_composes(sweep: str):
+    composer = Composer(Namespace(multirun=False, overrides=[f"+sweep={sweep}", "task=resnet18"], config_dir=None))
+    assert composer.multirun
+    jobs = list(composer.jobs())
+    assert len(jobs) > 1
+    assert {recipe_of(job.values) for job in jobs}
+
+
+def test_no_choice_is_named_on_two_lines_of_the_table_of_contents():
+    lines = (CONF / "config.yaml").read_text().splitlines()
+    entries = [line for line in lines if line.startswith("  - ") and "_self_" not in line and "override" not in line]
+    assert all("#" in line for line in entries)  # commented, every one
+    assert {entry.split(":")[0].strip("- ") for entry in entries} == {c.parts[0] for c in CHOICES} - {"sweep"}

@@ -1,0 +1,180 @@
+"""Child processes: what they say, how they fail, and that they never outlive their parent."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from qbench import workers
+from qbench.workers import WorkerError
+
+HERE = "test_workers"  # children import the functions below from this file
+
+
+def answers(number, say):
+    say("half way")
+    print("printed by Python")
+    os.write(1, b"written to the descriptor\n")
+    return {"number": number + 1}
+
+
+def segfaults():
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+def is_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leaves():
+    os._exit(3)
+
+
+def sleeps():
+    time.sleep(60)
+
+
+def allocates_too_much():
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+    bytearray(2**36)
+
+
+def allocates_too_much_in_torch():
+    import torch
+
+    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+    torch.empty(2**38)
+
+
+def answers_nan():
+    return {"x": float("nan")}
+
+
+def raises_over_two_lines():
+    raise KeyError("one\ntwo")
+
+
+def misused():
+    from qbench.recipe import Recipe
+
+    return {"recipe": str(Recipe(group_size=0))}
+
+
+def starts_a_process(pids):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Path(pids).write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(60)
+
+
+def run(function, tmp_path, *, timeout_s=60.0, **arguments):
+    return workers.run(f"{HERE}:{function.__name__}", arguments, log=tmp_path / "log.txt", timeout_s=timeout_s)
+
+
+def test_a_child_answers_says_and_logs(tmp_path):
+    said = []
+    log = tmp_path / "deep" / "log.txt"
+    assert workers.run(f"{HERE}:answers", {"number": 1}, log=log, say=said.append) == {"number": 2}
+    assert said == ["half way"]
+    assert log.read_text().splitlines() == ["written to the descriptor", "printed by Python"] or set(
+        log.read_text().splitlines()
+    ) == {"written to the descriptor", "printed by Python"}
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (segfaults, "crashed (SIGSEGV: segmentation fault)"),
+        (is_killed, "killed (SIGKILL), probably out of memory"),
+        (leaves, "ended with exit code 3 without an answer"),
+        (allocates_too_much, "out of memory: MemoryError"),
+        (answers_nan, "ValueError: Out of range float values are not JSON compliant"),
+        (raises_over_two_lines, r"KeyError: 'one\ntwo'"),
+    ],
+)
+def test_every_end_becomes_one_sentence(function, sentence, tmp_path):
+    with pytest.raises(WorkerError) as caught:
+        run(function, tmp_path)
+    assert str(caught.value).startswith(sentence)
+    assert not caught.value.misuse
+
+
+def test_torchs_failed_allocation_is_a_sentence(tmp_path):
+    with pytest.raises(WorkerError, match="can't allocate memory") as caught:
+        run(allocates_too_much_in_torch, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_crash_leaves_its_stack_in_the_log(tmp_path):
+    with pytest.raises(WorkerError):
+        run(segfaults, tmp_path)
+    assert "Segmentation fault" in (tmp_path / "log.txt").read_text()
+    assert "in segfaults" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_time_out_ends_the_child(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=r"stopped after 0\.5 s, the limit measure\.timeout_s"):
+        run(sleeps, tmp_path, timeout_s=0.5)
+    assert time.monotonic() - start < 30
+
+
+def test_an_error_raised_on_purpose_is_misuse(tmp_path):
+    with pytest.raises(WorkerError, match="^group_size=0: give a whole number") as caught:
+        run(misused, tmp_path)
+    assert caught.value.misuse
+    assert "ValueError" in caught.value.types
+
+
+def test_the_next_child_runs_after_a_crash(tmp_path):
+    with pytest.raises(WorkerError):
+        run(segfaults, tmp_path)
+    assert run(answers, tmp_path, number=4) == {"number": 5}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_children_die_with_their_parent(number, tmp_path):
+    """Also when it has no chance to end them, and also what they have started themselves."""
+    pids = tmp_path / "pids"
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from qbench import workers
+        workers.run("{HERE}:starts_a_process", {{"pids": {str(pids)!r}}}, log=Path({str(tmp_path / "log.txt")!r}))
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL)
+    assert _until(lambda: pids.exists() and len(pids.read_text().split()) == 2, 60)
+    parent.send_signal(number)
+    parent.wait(30)
+    children = [int(pid) for pid in pids.read_text().split()]
+    assert _until(lambda: not any(_alive(pid) for pid in children), 10)
+
+
+def test_a_waiting_parent_sleeps(tmp_path):
+    before = time.process_time()
+    with pytest.raises(WorkerError):
+        run(sleeps, tmp_path, timeout_s=3)
+    assert time.process_time() - before < 0.3
+
+
+def _until(true, seconds):
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
+
+
+def _alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
