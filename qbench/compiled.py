@@ -17,7 +17,7 @@ def compile_fp32(model: nn.Module, inputs: tuple[Tensor, ...], cache: str) -> Ca
     """The network compiled for exactly these shapes, or the sentence that says why it could not be.
 
     Call it, and its result, with gradients off. Compiles in this process (no worker is left running beside a timing)
-    and keeps the products in `cache`/inductor. An earlier result is void afterwards: the compiler's state is reset, else
+    and keeps the products in `cache`/inductor. An earlier result is void afterwards: the compiler is reset, else
     a second shape would be compiled for any shape, and be slower.
     """
     import torch

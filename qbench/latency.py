@@ -56,7 +56,7 @@ def combine(processes: Sequence[Mapping[str, Any]], baselines: Mapping[str, Any]
         parts["environment"][f"fp32_baseline{suffix}"] = baseline.name
         parts["details"]["timing"][batch] = _found(times, own)
         parts["details"]["fp32_baselines"][batch] = dataclasses.asdict(baseline)
-        notes |= _doubts(times) | ({"baseline_eager_only"} if baseline.alone else set())
+        notes |= doubts(times) | ({"baseline_eager_only"} if baseline.alone else set())
     if failure := next((text for process in processes if (text := process.get("compile_failure"))), None):
         parts["details"]["compile_failure"] = failure
     return {**parts, "notes": sorted(notes)}
@@ -117,8 +117,8 @@ def _in_all(times: Sequence[BlockTimes]) -> list[str]:
     return [name for name in times[0].calls_ms if all(name in one.calls_ms for one in times)]
 
 
-def _doubts(times: Sequence[BlockTimes]) -> set[str]:
-    """`disturbed`: a contestant did not reproduce its time alone; `not_settled`: its warm-up ended by its limit.
+def doubts(times: Sequence[BlockTimes]) -> set[str]:
+    """What the processes' times leave to doubt. `disturbed`: a contestant did not reproduce its time alone; `not_settled`: its warm-up ended by its limit.
 
     Both as the processes have it in the middle, so that one hiccup in one of them does not mark the record.
     """

@@ -68,9 +68,7 @@ class Bootstrap:
     p: float
 
 
-def cluster_bootstrap(
-    sums: Sequence[float], counts: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Bootstrap:
+def cluster_bootstrap(sums: Any, counts: Any, *, seed: int = 0, resamples: int = RESAMPLES) -> Bootstrap:
     """Resample units: `sums` of the quantity and `counts` of examples in each; the mean is sum(sums)/sum(counts).
 
     Expanded percentile interval (Hesterberg 2015, section 4.2: percentiles widened by t and n-1, which a plain
