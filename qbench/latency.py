@@ -118,7 +118,7 @@ def _in_all(times: Sequence[BlockTimes]) -> list[str]:
 
 
 def doubts(times: Sequence[BlockTimes]) -> set[str]:
-    """What the processes' times leave to doubt. `disturbed`: a contestant did not reproduce its time alone; `not_settled`: its warm-up ended by its limit.
+    """`disturbed`: a contestant did not reproduce its time alone; `not_settled`: its warm-up ended by its limit.
 
     Both as the processes have it in the middle, so that one hiccup in one of them does not mark the record.
     """
