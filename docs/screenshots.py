@@ -25,10 +25,20 @@ from typing import Any
 from qbench import tracking, tracking_view
 
 WIDTH, HEIGHT = 1680, 1250
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1"
-).split()
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--force-device-scale-factor=1",
+    # A mouse that can hover: without one the charts keep their tool bars open, over the data.
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
+]
 
 
 def free_port() -> int:
@@ -83,6 +93,9 @@ class Browser:
 
     def open(self, address: str, text: str, settle_s: float = 3.0) -> None:
         """Load a page and wait for a text in it."""
+        self._call("/url", {"url": address.split("#")[0]})
+        self.script("localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')")  # it covers a third of the page
+        self.script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
         self._call("/url", {"url": "about:blank"})  # the page's addresses differ in their fragment only: force a load
         self._call("/url", {"url": address})
         deadline = time.monotonic() + 60
@@ -112,9 +125,11 @@ def addresses(results: Path, sweep: str, port: int) -> dict[str, str]:
     table = tracking.deep_link(results, sweep, port)
     experiment = table.split("/experiments/")[1].split("/")[0]
     query = f"tags.`qbench.sweep` = '{sweep}' AND params.`status` = 'ok'"
-    runs = MlflowClient(tracking.store_uri(results)).search_runs(
-        [experiment], query, max_results=6, order_by=["metrics.score_drop ASC"]
-    )
+    client, best = MlflowClient(tracking.store_uri(results)), {}
+    for run in client.search_runs([experiment], query, order_by=["params.task DESC", "metrics.score_drop ASC"]):
+        best.setdefault((run.data.params["task"], run.data.params["method"]), run)
+    task = next(iter(best))[0]
+    runs = [run for (of, _), run in best.items() if of == task]
     ids = json.dumps([run.info.run_id for run in runs])
     compare = f"http://127.0.0.1:{port}/#/compare-runs?runs={ids}&experiments={json.dumps([experiment])}"
     return {
@@ -140,7 +155,7 @@ def main(results: Path, sweep: str, folder: Path) -> None:
         browser = Browser(f"http://127.0.0.1:{driver}", profile)
         try:
             for name, address in pages.items():
-                browser.open(address, "score", settle_s=4)
+                browser.open(address, "score", settle_s=8)
                 browser.save(folder / f"{name}.png")
                 print(folder / f"{name}.png")
         finally:

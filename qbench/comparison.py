@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Container, Iterable, Sequence
 
-from qbench.recipe import AXES, option
+from qbench.recipe import AXES, Recipe, option
 from qbench.record import Record
 
-SHOWN_AXES = ("granularity", "scheme", "activation_scheme", "activation_granularity", "observer", "output", "backend")
+ALWAYS = ("method", "granularity", "scheme")
+DEFAULTS = {f.name: str(f.default) for f in dataclasses.fields(Recipe) if f.name in AXES and f.name not in ALWAYS}
+PREFIX = {"activation_scheme": "act:", "activation_granularity": "act:", "output": "out:"}
 
 
 def is_baseline(record: Record) -> bool:
@@ -38,16 +41,27 @@ def option_label(record: Record, axis: str) -> str:
         return str(name)
 
 
-def varying_axes(records: Iterable[Record]) -> list[str]:
-    """The axes on which the records differ, those to which an axis does not apply left aside."""
-    records = list(records)
-    return [axis for axis in SHOWN_AXES if len({getattr(r, axis) for r in records} - {None}) > 1]
-
-
-def recipe_text(record: Record, axes: Iterable[str] = SHOWN_AXES) -> str:
-    """`ptsq channel sym minmax`: the method and the choice on each of the axes."""
-    words = [option_label(record, axis) for axis in ("method", *axes) if axis in AXES]
+def recipe_text(record: Record, shared: Container[str] = ()) -> str:
+    """`ptsq channel sym mse`: method, weights, what differs from the defaults; not the `shared` axes."""
+    axes = [axis for axis in DEFAULTS if axis not in shared and getattr(record, axis) not in (None, DEFAULTS[axis])]
+    words = [option_label(record, axis) for axis in ALWAYS]
+    words += [PREFIX.get(axis, "") + option_label(record, axis) for axis in axes]
     return " ".join(word for word in words if word)
+
+
+def shared_axes(records: Iterable[Record]) -> dict[str, str]:
+    """The axes on which all records agree, those aside to which an axis does not apply: they need no column."""
+    records = list(records)
+    chosen = {axis: {getattr(r, axis) for r in records} - {None} for axis in DEFAULTS}
+    return {axis: names.pop() for axis, names in chosen.items() if len(names) == 1}
+
+
+def unsaid(records: Iterable[Record]) -> str:
+    """`activation_scheme affine, observer minmax`: what the recipes' texts leave out, shared or the default."""
+    records = list(records)
+    shared = shared_axes(records)
+    said = {axis: shared.get(axis, name) for axis, name in DEFAULTS.items()}
+    return ", ".join(f"{axis} {name}" for axis, name in said.items() if any(getattr(r, axis) == name for r in records))
 
 
 def by_score(records: Iterable[Record]) -> list[Record]:
@@ -87,7 +101,7 @@ def differ(one: Record, other: Record) -> bool:
 
 
 def pareto(records: Sequence[Record]) -> list[Record]:
-    """The cells that no other beats: none is as small, as good and (where it is a result) as fast, and better in one."""
+    """The cells that no other beats: as small, as good, as fast (where that is a result), and better in one of them."""
     ranked = [r for r in records if r.status == "ok" and {"score_drop", "size_bytes"} <= set(r.metrics)]
     timed = all(latency_counts(r) and "latency_ms_median" in r.metrics for r in ranked)
 
@@ -105,7 +119,8 @@ def pareto(records: Sequence[Record]) -> list[Record]:
 def best_per_method(records: Sequence[Record]) -> dict[str, Record]:
     """Each method's cell with the smallest drop; of equals the smaller file."""
     best: dict[str, Record] = {}
-    for record in by_score(r for r in records if r.status == "ok" and "score_drop" in r.metrics):
+    done = (r for r in records if r.status == "ok" and "score_drop" in r.metrics and not is_baseline(r))
+    for record in by_score(done):
         best.setdefault(record.method, record)
     return best
 
@@ -117,7 +132,7 @@ def slow_reason(record: Record) -> str | None:
     """
     if not latency_counts(record):
         return f"{record.backend}: exact, not fast"
-    slow = [name for name in ("speedup", *_batched(record, "speedup")) if record.metrics.get(name, 1.0) < 1]
+    slow = [name for name in ("speedup", *batched(record, "speedup")) if record.metrics.get(name, 1.0) < 1]
     if not slow:
         return None
     if is_baseline(record):
@@ -136,7 +151,7 @@ def slow_reason(record: Record) -> str | None:
     return "small layers: quantizing costs more than int8 saves"
 
 
-def _batched(record: Record, name: str) -> list[str]:
+def batched(record: Record, name: str) -> list[str]:
     """The metric's names with a batch suffix, such as speedup_b16."""
     prefix = f"{name}_b"
     return [key for key in record.metrics if key.startswith(prefix) and key.removeprefix(prefix).isdigit()]

@@ -22,22 +22,30 @@ NOTE = """\
 | `agreement`, `sqnr_db` | equal decisions with fp32; signal to quantization noise of the outputs |
 | `size_bytes`, `size_ratio` | the saved file; its share of the fp32 file |
 | `latency_ms_median` | batch 1, one thread; `_b16` is the larger batch |
-| `latency` | `measured`, or `reference`: that backend is exact, not fast; its latency is not a result, so no speed-up is shown |
+| `latency` | `measured`, or `reference`: exact, not fast: its latency is no result, and no speed-up is shown |
 | `speedup` | against the fastest fp32 that runs here, with a 95 % interval |
+| `granularity`, `observer`, ... | the recipe; `-` where an axis does not apply to the method |
 | `peak_memory_bytes` | loading the saved file and three forwards at the larger batch |
 | `int8_mac_fraction` | multiplications that really ran in int8 |
 """
 
-COLUMNS = (
-    ("params", "task"),
-    ("params", "recipe"),
-    ("metrics", "score"),
-    ("metrics", "score_drop"),
-    ("metrics", "size_bytes"),
-    ("metrics", "size_ratio"),
-    ("metrics", "latency_ms_median"),
-    ("params", "latency"),
-)
+EXPERIMENT_TAGS = {"mlflow.note.content": NOTE, "mlflow.experimentKind": "custom_model_development"}
+
+# Column and width in pixels, from the left: the numbers come first, so that they are seen on a small screen too.
+COLUMNS = {
+    "attributes.`Run Name`": 250,
+    "metrics.`score`": 75,
+    "metrics.`score_drop`": 100,
+    "metrics.`size_bytes`": 95,
+    "metrics.`size_ratio`": 85,
+    "metrics.`latency_ms_median`": 150,
+    "params.`latency`": 90,
+    "metrics.`speedup`": 90,
+    "metrics.`agreement`": 95,
+    "metrics.`sqnr_db`": 85,
+    "runDateAndNestInfo": 130,
+    "duration": 80,
+}
 
 
 def view_key(sweep: str, task: str | None = None) -> str:
@@ -57,7 +65,7 @@ def state(sweep: str, tasks: list[str], timed: bool) -> dict[str, Any]:
     query = f"tags.`qbench.sweep` = '{sweep}'"
     if len(tasks) == 1:
         query += f" AND params.`task` = '{tasks[0]}'"
-    speed = ["speedup"] if timed else []
+    shown = {name: width for name, width in COLUMNS.items() if timed or "speedup" not in name}
     return {
         "searchFilter": query,
         "orderByKey": "metrics.`score_drop`",
@@ -66,14 +74,18 @@ def state(sweep: str, tasks: list[str], timed: bool) -> dict[str, Any]:
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": [f"{kind}.`{name}`" for kind, name in (*COLUMNS, *(("metrics", name) for name in speed))],
+        "selectedColumns": [name for name in shown if "`" in name],
+        "columnOrder": list(shown),
+        "columnWidths": shown,
         "runsExpanded": {},
         "runsPinned": [],
         "runsHidden": [],
         "runsVisibilityMap": {},
-        "runsHiddenMode": "SHOWALL",
+        "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": charts("score" if len(tasks) == 1 else "drop_percent", timed),
-        "compareRunSections": [{"uuid": "qbench", "name": "qbench", "display": True, "isReordered": False}],
+        "compareRunSections": [
+            {"uuid": "qbench", "name": "qbench", "display": True, "isReordered": False, "columns": 2, "cardHeight": 400}
+        ],
         "viewMaximized": False,
         "runListHidden": False,
         "isAccordionReordered": False,
@@ -88,21 +100,18 @@ def state(sweep: str, tasks: list[str], timed: bool) -> dict[str, Any]:
 
 def charts(quality: str, timed: bool) -> list[dict[str, Any]]:
     """Parallel coordinates, scatter, bars; several tasks share an axis only as the drop in percent."""
-    cost = "latency_ms_median" if timed else "size_ratio"
-    axes = {"xaxis": {"key": cost, "type": "METRIC"}, "yaxis": {"key": quality, "type": "METRIC"}}
+    axes = ["method", "granularity", "scheme", "observer"]
     costs = ["size_ratio", "latency_ms_median"] if timed else ["size_ratio"]
     return [
-        _chart(
-            "PARALLEL",
-            1,
-            selectedParams=["task", "method", "granularity", "scheme", "observer"],
-            selectedMetrics=[*costs, quality],
-            showAllRuns=True,
-        ),
-        _chart("SCATTER", 2, **axes),
-        _chart("BAR", 3, metricKey=quality),
-        _chart("BAR", 4, metricKey="size_ratio"),
+        _chart("PARALLEL", 1, selectedParams=axes, selectedMetrics=[*costs, quality], showAllRuns=True),
+        _scatter(2, costs[-1], quality),
+        _scatter(3, "sqnr_db", "agreement"),
+        _chart("BAR", 4, metricKey="speedup" if timed else quality),
     ]
+
+
+def _scatter(number: int, x: str, y: str) -> dict[str, Any]:
+    return _chart("SCATTER", number, xaxis={"key": x, "type": "METRIC"}, yaxis={"key": y, "type": "METRIC"})
 
 
 def _chart(kind: str, number: int, **content: Any) -> dict[str, Any]:

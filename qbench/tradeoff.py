@@ -1,0 +1,112 @@
+"""The picture of a sweep: what each cell gains in size against what it loses in score, one panel a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qbench import comparison as compare
+from qbench.columns import Block, blocks, score_unit
+from qbench.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, new_figure, save
+from qbench.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED)
+MARKERS = ("o", "s", "^", "D", "v")
+
+
+def tradeoff_figure(records: Sequence[Record], path: Path) -> None:
+    """Size against score drop with its 95 % interval, the Pareto front joined by a line; fp32 is the line at 0.
+
+    Methods have colours, weight granularities have markers. Raises ValueError when no record has both numbers.
+    """
+    drawn = [block for block in blocks(records) if any(_has_both(r) for r in block.done)]
+    if not drawn:
+        raise ValueError("no record has a score drop and a size: nothing to draw")
+    figure = new_figure(6.2 * len(drawn), 5.0)
+    look = _Look(records)
+    for ax, block in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        _panel(ax, block, look)
+    figure.legend(handles=look.legend(), loc="outside lower center", ncols=8, fontsize=9)
+    save(figure, path)
+
+
+def _has_both(record: Record) -> bool:
+    return {"score_drop", "size_bytes"} <= set(record.metrics) and not compare.is_baseline(record)
+
+
+class _Look:
+    """One colour a method and one marker a granularity, the same in all panels."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        cells = [r for r in records if r.status == "ok" and _has_both(r)]
+        self.colours = dict(zip(sorted({r.method for r in cells}), COLOURS * 9, strict=False))
+        self.markers = dict(
+            zip(sorted({compare.option_label(r, "granularity") for r in cells}), MARKERS * 9, strict=False)
+        )
+
+    def legend(self) -> list[object]:
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
+
+        methods = [Patch(color=colour, label=method) for method, colour in self.colours.items()]
+        markers = [
+            Line2D([], [], marker=marker, color="black", linestyle="", label=f"per {name}" if name else "weights whole")
+            for name, marker in self.markers.items()
+        ]
+        return [*methods, *markers, Line2D([], [], color=GREY, label="Pareto front")]
+
+
+def _panel(ax: Axes, block: Block, look: _Look) -> None:
+    factor, unit = score_unit(block.done[0])
+    cells = [r for r in block.done if _has_both(r)]
+    for record in cells:
+        x, y = record.metrics["size_bytes"] / 1e6, factor * compare.drop(record)
+        colour = look.colours[record.method]
+        if ends := compare.interval(record):
+            ax.vlines(x, factor * ends[0], factor * ends[1], color=colour, alpha=0.4, linewidth=1)
+        marker = look.markers[compare.option_label(record, "granularity")]
+        front = record in block.pareto
+        ax.plot(x, y, marker, color=colour, markersize=8 if front else 6, markeredgecolor="black" if front else colour)
+    _front(ax, block, factor)
+    ax.axhline(0, color="black", linewidth=0.8)
+    drops = [abs(factor * compare.drop(record)) for record in cells]
+    typical = sorted(drops)[len(drops) // 2] or max(drops)
+    if max(drops) > 20 * typical:  # one collapse must not flatten all others
+        ax.set_yscale("symlog", linthresh=2 * typical)
+    ax.set_xlabel("file, MB")
+    ax.set_ylabel(f"score drop, {'points' if unit else 'own unit'}; up is worse")
+    ax.set_title(block.task + _fp32(block))
+
+
+def _front(ax: Axes, block: Block, factor: float) -> None:
+    """The front's line, its cells numbered; their names in a box, where they cannot cover each other."""
+    from matplotlib.lines import Line2D
+
+    front = sorted((r for r in block.pareto if _has_both(r)), key=lambda r: r.metrics["size_bytes"])
+    ax.plot(
+        [r.metrics["size_bytes"] / 1e6 for r in front],
+        [factor * compare.drop(r) for r in front],
+        color=GREY,
+        linewidth=2,
+        zorder=0,
+    )
+    names = []
+    for number, record in enumerate(front, start=1):
+        place = (record.metrics["size_bytes"] / 1e6, factor * compare.drop(record))
+        ax.annotate(
+            str(number), place, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9, weight="bold"
+        )
+        names.append(f"{number}  {block.name(record)}")
+    blank = [Line2D([], [], linestyle="") for _ in names]
+    ax.legend(blank, names, loc="best", fontsize=9, handlelength=0, handletextpad=0, title="Pareto front")
+
+
+def _fp32(block: Block) -> str:
+    for record in block.done:
+        if compare.is_baseline(record) and "size_bytes" in record.metrics:
+            return f" (fp32: {record.metrics['size_bytes'] / 1e6:.3g} MB)"
+    return ""
