@@ -1,4 +1,4 @@
-"""qbench: what int8 does to your network on this machine. Importing it imports nothing; names are found on first use."""
+"""qbench: what int8 does to your network on this machine. Importing it imports nothing else."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _HOME = {
     "Task": "qbench.task",
     "compare_latency": "qbench.measure",
     "load": "qbench.saved",
-    "quantize": "qbench.quantize",
+    "quantize": "qbench.quantization",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

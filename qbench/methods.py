@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qbench.capture import Network
-    from qbench.quantize import Batches
-    from qbench.recipe import Recipe
     from qbench.program import Program
+    from qbench.recipe import Recipe
 
 __all__ = ["fp32", "ptdq", "ptsq", "woq"]
 
@@ -28,8 +29,11 @@ class Method(Protocol):
     axes: ClassVar[tuple[str, ...]]
     needs_calibration: ClassVar[bool]
 
-    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
-        """Turn the normalized network into a program. Raises ValueError naming the layer that cannot run in int8."""
+    def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
+        """Turn the normalized network into a program; `calibration` is the input tensors of each batch.
+
+        Raises ValueError naming the layer that cannot run in int8.
+        """
         ...
 
 
@@ -42,7 +46,7 @@ class fp32:
     axes: ClassVar[tuple[str, ...]] = ()
     needs_calibration: ClassVar[bool] = False
 
-    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
+    def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
         """The network as it is."""
         from qbench.weights_only import float_program
 
@@ -58,7 +62,7 @@ class woq:
     axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "keep_float")
     needs_calibration: ClassVar[bool] = False
 
-    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
+    def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
         """Replace each layer by its weight-only form."""
         from qbench.weights_only import weight_only_program
 
@@ -74,7 +78,7 @@ class ptdq:
     axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "activation_scheme", "activation_granularity", "keep_float")
     needs_calibration: ClassVar[bool] = False
 
-    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
+    def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
         """Replace each layer by its dynamic form."""
         from qbench.weights_only import dynamic_program
 
@@ -90,7 +94,7 @@ class ptsq:
     axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "activation_scheme", "observer", "output", "keep_float")
     needs_calibration: ClassVar[bool] = True
 
-    def build(self, network: Network, recipe: Recipe, calibration: Batches | None) -> Program:
+    def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
         """Calibrate, then convert to an int8 program."""
         from qbench.calibrate import calibrate
         from qbench.convert import static_program

@@ -33,6 +33,19 @@ class Macs:
         return self.int8 / total if total else None
 
 
+def check_inputs(specs: list[dict[str, Any]], leaves: list[Any]) -> None:
+    """Raise ValueError when the tensors are not what a network takes; `specs` gives shape (None = any) and dtype."""
+    if len(leaves) != len(specs):
+        raise ValueError(f"the network takes {len(specs)} input tensors, {len(leaves)} were given")
+    for index, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
+        want, have = spec["shape"], list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+        if len(have) != len(want) or any(size not in (None, given) for size, given in zip(want, have, strict=True)):
+            sizes = ", ".join("any" if size is None else str(size) for size in want)
+            raise ValueError(f"input {index} has the shape {have}, the network takes [{sizes}]")
+        if str(leaf.dtype)[6:] != spec["dtype"]:
+            raise ValueError(f"input {index} is {str(leaf.dtype)[6:]}, the network takes {spec['dtype']}")
+
+
 @dataclass
 class Program:
     """A graph over named tensors: what `.qb` files hold and backends execute.
@@ -68,19 +81,6 @@ class Program:
             if is_int8_op(node.target) and "weight_only" in str(node.target)
         ]
 
-    def check_inputs(self, leaves: list[Any]) -> None:
-        """Raise ValueError when the tensors are not what the program takes."""
-        if len(leaves) != len(self.inputs):
-            raise ValueError(f"the network takes {len(self.inputs)} input tensors, {len(leaves)} were given")
-        for index, (leaf, spec) in enumerate(zip(leaves, self.inputs, strict=True)):
-            fits = isinstance(leaf, Tensor) and len(leaf.shape) == len(spec["shape"])
-            if not fits or any(want not in (None, have) for want, have in zip(spec["shape"], leaf.shape, strict=True)):
-                want = ["any" if size is None else size for size in spec["shape"]]
-                have = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(f"input {index} has the shape {have}, the network takes {want}")
-            if str(leaf.dtype)[6:] != spec["dtype"]:
-                raise ValueError(f"input {index} is {str(leaf.dtype)[6:]}, the network takes {spec['dtype']}")
-
     def lower(self, backend: Backend, macs: Macs) -> Callable[..., Any]:
         """A function of the input tensors (nested as the model's own) that runs the program on a backend."""
         lowered = _lower(self, backend, macs)
@@ -88,7 +88,7 @@ class Program:
         @torch.inference_mode()
         def run(*inputs: Any) -> Any:
             leaves = pytree.tree_leaves(inputs)
-            self.check_inputs(leaves)
+            check_inputs(self.inputs, leaves)
             return structure.build(self.outputs, list(lowered(*leaves)))
 
         return run

@@ -1,0 +1,229 @@
+"""`.qb` files: a safetensors file with the program as JSON metadata and a sha256 over everything.
+
+Nothing in a file is trusted: the hash, every target, argument, shape, dtype, scale and zero point is checked before a
+kernel sees it. There is no time, path or host inside, so two saves of one model are byte-identical.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import operator
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, fx
+
+from qbench import structure
+from qbench.checked import check_call
+from qbench.model import QuantizedModel
+from qbench.program import Program
+from qbench.recipe import option
+
+FORMAT = 1
+KEY = "qbench"
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,300}")
+DTYPES = ("float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
+SIZE_OPERATORS = {
+    f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
+}
+# aten calls that torch tags neither core nor pointwise, all of which check their arguments
+FURTHER_CALLS = {
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool1d", "batch_norm", "channel_shuffle", "chunk", "conv1d", "conv2d",
+    "conv3d", "conv_transpose1d", "conv_transpose2d", "flatten", "group_norm", "instance_norm", "layer_norm", "linear",
+    "matmul", "max_pool1d", "max_pool2d", "narrow", "pad", "pixel_unshuffle", "repeat_interleave", "reshape", "roll",
+    "softmax", "stack", "sym_size", "t", "transpose", "unbind", "unflatten", "upsample_nearest1d", "upsample_nearest2d",
+    "hardswish", "upsample_bilinear2d", "unsafe_split", "contiguous", "log_softmax", "scaled_dot_product_attention",
+}  # fmt: skip
+REFUSED_CALLS = {"as_strided", "from_file", "empty", "empty_strided", "resize"}
+
+
+class SavedModelError(ValueError):
+    """A file that is no saved model, or a damaged or altered one; the message names the file."""
+
+
+def dump(model: QuantizedModel) -> bytes:
+    """The bytes of a model's file. Raises ValueError for a program with a call that a file cannot hold."""
+    program = model.program
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "recipe": model.recipe,
+        "inputs": program.inputs,
+        "outputs": program.outputs,
+        "nodes": _encode_nodes(program.graph),
+    }
+    tensors = {name: tensor.detach().clone() for name, tensor in program.tensors.items()}
+    content["sha256"] = _digest(content, tensors)
+    return save_tensors(tensors, {KEY: json.dumps(content, sort_keys=True, allow_nan=False)})
+
+
+def load(path: str | Path, backend: str = "reference") -> QuantizedModel:
+    """Read a `.qb` file. Raises SavedModelError when it is none, damaged, altered or of another version."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise SavedModelError(f"{path}: {error.strerror or error}") from error
+    try:
+        content, tensors = _read(data)
+        if content.get("format") != FORMAT:
+            raise ValueError(f"its format is {content.get('format')!r}, this version of qbench reads {FORMAT}")
+        claimed = content.pop("sha256", None)
+        if claimed != _digest(content, tensors):
+            raise ValueError("its content does not match its sha256: the file is damaged or was altered")
+        program = _decode(content, tensors)
+        return QuantizedModel(program, content["recipe"], option("backend", backend))
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise SavedModelError(f"{path} is not a usable qbench model: {reason}") from error
+
+
+def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The program's JSON and the tensors, the container checked by the safetensors library."""
+    try:
+        tensors = load_tensors(data)
+    except SafetensorError as error:
+        raise ValueError(f"it is no complete safetensors file ({error})") from error
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    if KEY not in metadata:
+        raise ValueError("it is a safetensors file without a qbench program")
+    content = json.loads(metadata[KEY])
+    if not isinstance(content, dict):
+        raise ValueError("its program is not a JSON object")
+    return content, tensors
+
+
+def _digest(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+# --- graph to JSON ---------------------------------------------------------------------------------------------------
+
+
+def _encode_nodes(graph: fx.Graph) -> list[dict[str, Any]]:
+    numbers = {node: number for number, node in enumerate(graph.nodes)}
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return {"node": numbers[value]}
+        if isinstance(value, list | tuple):
+            return {"tuple" if isinstance(value, tuple) else "list": [encode(item) for item in value]}
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"float": str(value)}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value)[6:]}
+        if isinstance(value, torch.device | torch.layout | torch.memory_format):
+            return None  # a program runs on the CPU, in the layout of its tensors
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise ValueError(f"a program with a {type(value).__name__} among its arguments cannot be saved")
+
+    return [
+        {
+            "op": node.op,
+            "name": node.name,
+            "target": target_name(node.target) if node.op == "call_function" else str(node.target),
+            "args": [encode(arg) for arg in node.args],
+            "kwargs": {name: encode(value) for name, value in node.kwargs.items()},
+            "layer": node.meta.get("layer", ""),
+        }
+        for node in graph.nodes
+    ]
+
+
+def target_name(target: Any) -> str:
+    """`aten.relu.default`, `qbench.conv.default`, `operator.getitem`. Raises ValueError for any other function."""
+    name = str(target) if isinstance(target, torch._ops.OpOverload) else f"operator.{getattr(target, '__name__', '?')}"
+    find_target(name)
+    return name
+
+
+def find_target(name: str) -> Any:
+    """The function of a name, from a closed set. Raises ValueError for a name outside it."""
+    if name in SIZE_OPERATORS:
+        return SIZE_OPERATORS[name]
+    match = re.fullmatch(r"(aten|qbench)\.([a-z_][a-z0-9_]*)\.([A-Za-z0-9_]+)", name)
+    packet = getattr(getattr(torch.ops, match[1]), match[2], None) if match else None
+    target = getattr(packet, match[3], None) if match else None
+    if not isinstance(target, torch._ops.OpOverload):
+        raise ValueError(f"unknown operation {name!r}")
+    assert match is not None
+    safe = {torch.Tag.core, torch.Tag.pointwise} & set(target.tags) or match[2] in FURTHER_CALLS
+    if match[1] == "aten" and (not safe or match[2] in REFUSED_CALLS or target._schema.is_mutable):
+        raise ValueError(f"operation {name!r} is not one that a saved program may call")
+    return target
+
+
+# --- JSON to graph ---------------------------------------------------------------------------------------------------
+
+
+def _decode(content: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
+    if any(str(tensor.dtype)[6:] not in DTYPES for tensor in tensors.values()):
+        raise ValueError(f"tensors of a program are {', '.join(DTYPES)}")
+    graph = _decode_graph(content["nodes"], tensors)
+    used = {node.target for node in graph.nodes if node.op == "get_attr"}
+    if set(tensors) != used:
+        raise ValueError(f"tensors that the program does not use: {sorted(set(tensors) - used)[:3]}")
+    inputs = [_decode_input(spec) for spec in content["inputs"]]
+    if len(inputs) != sum(node.op == "placeholder" for node in graph.nodes):
+        raise ValueError("the number of inputs is not that of the program")
+    (last,) = [node for node in graph.nodes if node.op == "output"]
+    results = last.args[0]
+    structure.build(content["outputs"], list(results))  # type: ignore[arg-type]
+    return Program(graph, tensors, inputs, content["outputs"])
+
+
+def _decode_input(spec: dict[str, Any]) -> dict[str, Any]:
+    shape, dtype = spec["shape"], spec["dtype"]
+    sizes = [size for size in shape if size is not None]
+    if dtype not in DTYPES or not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
+        raise ValueError(f"input {spec} is not a shape and a dtype")
+    return {"shape": list(shape), "dtype": dtype}
+
+
+def _decode_graph(entries: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.Graph:
+    graph, nodes = fx.Graph(), []
+
+    def decode(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if not isinstance(value, dict) or len(value) != 1:
+            raise ValueError(f"argument {value!r} is not of this format")
+        ((kind, content),) = value.items()
+        if kind == "node" and type(content) is int and 0 <= content < len(nodes):
+            return nodes[content]
+        if kind in ("list", "tuple") and isinstance(content, list):
+            return (list if kind == "list" else tuple)(decode(item) for item in content)
+        if kind == "float" and content in ("inf", "-inf", "nan"):
+            return float(content)
+        if kind == "dtype" and content in DTYPES:
+            return getattr(torch, content)
+        raise ValueError(f"argument {value!r} is not of this format, or names a node that comes later")
+
+    for entry in entries:
+        op, name, target = entry["op"], entry["name"], entry["target"]
+        args, kwargs = tuple(decode(arg) for arg in entry["args"]), {k: decode(v) for k, v in entry["kwargs"].items()}
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a node")
+        if op == "call_function":
+            target = find_target(target)
+            check_call(target, args, kwargs, tensors)
+        elif op == "get_attr" and target not in tensors:
+            raise ValueError(f"tensor {target!r} is not in the file")
+        elif op not in ("placeholder", "get_attr", "output") or not NAME.fullmatch(str(target)):
+            raise ValueError(f"node {name}: {op} {target!r} is not of this format")
+        nodes.append(graph.create_node(op, target, args, kwargs, name=name))
+        nodes[-1].meta["layer"] = str(entry["layer"])
+    if not nodes or [node.op for node in nodes].index("output") != len(nodes) - 1 or not isinstance(nodes[-1].args[0], list | tuple):
+        raise ValueError("a program ends with one list of results")
+    return graph
