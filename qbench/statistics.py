@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+LEVEL = 0.05  # of a test; below it a difference is significant
 CONFIDENCE = 0.95
 FEW_UNITS = 20  # below it an interval over units is labelled: resampling so few says little about their tails
 RESAMPLES = 4000
@@ -49,7 +50,7 @@ def paired_interval(lost: int, gained: int, total: int) -> tuple[float, float]:
     a, b = lost / total, gained / total
     low = a - b - math.hypot(a - low_lost, high_gained - b)
     high = a - b + math.hypot(high_lost - a, b - low_gained)
-    if mcnemar_p(lost, gained) >= 1.0 - CONFIDENCE:
+    if mcnemar_p(lost, gained) >= LEVEL:
         return min(low, 0.0), max(high, 0.0)
     share_low, share_high = clopper_pearson(lost, lost + gained)
     scale = (lost + gained) / total
@@ -60,7 +61,7 @@ def paired_interval(lost: int, gained: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """A mean over units, its interval and the two-sided p of "it is zero" (p < 0.05 exactly when 0 lies outside)."""
+    """A mean over units, its interval, and the two-sided p of "it is zero": below 0.05 exactly when 0 lies outside."""
 
     mean: float
     low: float
@@ -90,14 +91,11 @@ def cluster_bootstrap(sums: Any, counts: Any, *, seed: int = 0, resamples: int =
     low, high = (float(end) for end in np.quantile(draws, (tail, 1.0 - tail)))
     share = max(min(float((draws <= 0.0).mean()), float((draws >= 0.0).mean())), 0.5 / resamples)
     p = min(1.0, 2.0 * float(special.stdtr(units - 1, special.ndtri(share) / widening)))
-    outside = low > 0.0 or high < 0.0
-    return Bootstrap(mean, low, high, _on_side(p, outside))
-
-
-def _on_side(p: float, significant: bool) -> float:
-    """p, moved to the interval's side of 0.05 where interpolation between resamples put it on the other."""
-    edge = 1.0 - CONFIDENCE
-    return min(p, math.nextafter(edge, 0.0)) if significant else max(p, edge)
+    if mcnemar_p(units, 0) >= LEVEL:  # so few units have the same sign by chance: no resampling can tell
+        low, high = min(low, 0.0), max(high, 0.0)
+    # Interpolation between resamples may leave p on the other side of the level than the interval's.
+    p = min(p, math.nextafter(LEVEL, 0.0)) if low > 0.0 or high < 0.0 else max(p, LEVEL)
+    return Bootstrap(mean, low, high, p)
 
 
 def _resampled_means(values: Any, weights: Any, seed: int, resamples: int) -> Any:

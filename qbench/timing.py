@@ -128,7 +128,7 @@ def _warm_up_block(call: Call, block_s: float, clock: Callable[[], float]) -> li
     """A cheap block: a fifth of the time of a full one, three calls or, of slow ones, as many as fill a full one."""
     times: list[float] = []
     start = now = clock()
-    while now - start < block_s / 5 or (len(times) < 3 and now - start < block_s):
+    while not times or now - start < block_s / 5 or (len(times) < 3 and now - start < block_s):
         before = now
         call()
         now = clock()
