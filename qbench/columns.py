@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from qbench import comparison as compare
+from qbench.metrics import declared
 from qbench.record import Record
 
 
@@ -59,14 +61,25 @@ def marks(block: Block, record: Record) -> str:
 
 
 def score(record: Record, value: float, sign: str = "") -> str:
-    """A value of the task's score in its unit: percent, points of a percent, or the metric's own."""
-    factor, _ = score_unit(record)
-    return format(value * factor, f"{sign}.2f" if factor != 1 else f"{sign}.4g")
+    """A value of the task's score as people read it: percent, points of a percent, or the metric's own unit."""
+    declaration = declared(score_name(record))
+    if declaration is None:
+        return format(value, f"{sign}.4g")
+    return format(value * declaration.factor, f"{sign}.{declaration.digits}f")
 
 
 def score_unit(record: Record) -> tuple[float, str]:
-    """Factor and unit in which the task's score is shown: fractions are shown as percent."""
-    return (100.0, "%") if record.details.get("unit", "fraction") == "fraction" else (1.0, "")
+    """Factor and unit in which the task's score is shown."""
+    declaration = declared(score_name(record))
+    if declaration is None:
+        return 1.0, ""
+    return declaration.factor, declaration.unit if declaration.shown_unit is None else declaration.shown_unit
+
+
+def difference_unit(record: Record) -> str:
+    """The unit of a difference of scores: points, where scores are percent."""
+    unit = score_unit(record)[1]
+    return "points" if unit == "%" else unit
 
 
 def score_name(record: Record) -> str:
@@ -81,8 +94,10 @@ def milliseconds(record: Record, name: str) -> str:
 
 
 def three_digits(value: float) -> str:
-    """1.23, 12.3, 123, 1230."""
-    return f"{value:.{max(0, 2 - len(str(int(abs(value)))) + 1)}f}"
+    """Three significant digits without an exponent: 0.0123, 1.23, 12.3, 123, 1234."""
+    if value == 0:
+        return "0"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def _value(name: str, form: str, factor: float = 1.0) -> Callable[[Block, Record], str]:
@@ -117,26 +132,27 @@ def _megabytes(name: str) -> Callable[[Block, Record], str]:
 
 
 def columns(block: Block) -> list[Column]:
-    """The columns that hold something for this block, its baseline aside."""
-    unit = score_unit(block.done[0])[1] if block.done else ""
+    """The columns that hold something for this block (which has a finished cell), its baseline aside."""
+    unit = score_unit(block.done[0])[1]
+    points = difference_unit(block.done[0])
     batch = next((name for r in block.done for name in compare.batched(r, "latency_ms_median")), "latency_ms_median_b")
     suffix = batch.removeprefix("latency_ms_median")
     every = [
         Column(("", ""), marks, words=True),
         Column(("", "recipe"), lambda b, r: b.name(r), words=True),
         Column(("score", unit), _score),
-        Column(("drop", "points" if unit else ""), _drop),
-        Column(("95 %", "interval"), _interval),
+        Column(("drop", points), _drop),
+        Column(("95 %", "interval"), _interval, spare=1),
         Column(("against", "fp32"), lambda _, r: compare.significance(r), words=True),
-        Column(("agree", "%"), _value("agreement", ".2f", 100)),
+        Column(("agree", "%"), _value("agreement", ".2f", 100), spare=2),
         Column(("SQNR", "dB"), _value("sqnr_db", ".1f")),
         Column(("size", "MB"), _megabytes("size_bytes")),
-        Column(("of", "fp32"), _value("size_ratio", ".3f"), spare=2),
+        Column(("of", "fp32"), _value("size_ratio", ".3f"), spare=4),
         Column(("b1", "ms"), lambda _, r: milliseconds(r, "latency_ms_median")),
-        Column((suffix[1:], "ms"), lambda _, r: milliseconds(r, batch), spare=3),
+        Column((suffix[1:], "ms"), lambda _, r: milliseconds(r, batch), spare=5),
         Column(("speed-", "up"), _value("speedup", ".2f")),
-        Column((suffix[1:], ""), _value(f"speedup{suffix}", ".2f"), spare=4),
-        Column(("peak", "MB"), _megabytes("peak_memory_bytes"), spare=1),
+        Column((suffix[1:], ""), _value(f"speedup{suffix}", ".2f"), spare=6),
+        Column(("peak", "MB"), _megabytes("peak_memory_bytes"), spare=3),
     ]
     telling = [r for r in block.done if not compare.is_baseline(r)] or block.done
     return [c for c in every if any(c.cell(block, record) for record in telling)]

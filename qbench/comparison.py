@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
 from qbench.recipe import AXES, Recipe, option
 from qbench.record import Record
 
 ALWAYS = ("method", "granularity", "scheme")
 DEFAULTS = {f.name: str(f.default) for f in dataclasses.fields(Recipe) if f.name in AXES and f.name not in ALWAYS}
+VALUES = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name not in AXES}
 PREFIX = {"activation_scheme": "act:", "activation_granularity": "act:", "output": "out:"}
 
 
@@ -19,8 +22,8 @@ def is_baseline(record: Record) -> bool:
 
 
 def latency_counts(record: Record) -> bool:
-    """Is the latency a result? Not with a backend that exists to be exact, such as the reference."""
-    return bool(record.details.get("latency_is_result", True))
+    """Is the latency a result? Not with a backend that exists to be exact, such as the reference; fp32 is torch's."""
+    return is_baseline(record) or bool(record.details.get("latency_is_result", True))
 
 
 def shown_metrics(record: Record) -> dict[str, float]:
@@ -46,7 +49,26 @@ def recipe_text(record: Record, shared: Container[str] = ()) -> str:
     axes = [axis for axis in DEFAULTS if axis not in shared and getattr(record, axis) not in (None, DEFAULTS[axis])]
     words = [option_label(record, axis) for axis in ALWAYS]
     words += [PREFIX.get(axis, "") + option_label(record, axis) for axis in axes]
-    return " ".join(word for word in words if word)
+    return " ".join([*(word for word in words if word), *unusual_values(record)])
+
+
+def unusual_values(record: Record) -> list[str]:
+    """`group_size=32`, `percentile=99.9`, `keep_float=fc`: the values that differ from those an option has by itself.
+
+    Read from details["recipe"], the canonical recipe; records without one have none.
+    """
+    values: dict[str, Any] = {}
+    usual = dict(VALUES)
+    for name, value in record.details.get("recipe", {}).items():
+        values |= {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            with contextlib.suppress(ValueError):  # an option of another version of qbench: all its values are shown
+                usual |= dataclasses.asdict(option(name, value["name"]))
+    return [f"{k}={_listed(v)}" for k, v in values.items() if v not in (None, []) and v != usual.get(k)]
+
+
+def _listed(value: object) -> str:
+    return ",".join(str(part) for part in value) if isinstance(value, list) else str(value)
 
 
 def shared_axes(records: Iterable[Record]) -> dict[str, str]:

@@ -25,13 +25,13 @@ NOTES = {
 
 
 def title(block: Block) -> str:
-    """`resnet18 (cnn): accuracy of 10000 examples; fp32 is eager`."""
+    """`resnet18 (cnn): accuracy on 10000 examples; speed-ups are against compiled fp32`."""
     first = (block.done or block.rest)[0]
     parts = [f"{block.task} ({first.family})"]
     if "examples" in first.metrics:
         parts[0] += f": {score_name(first)} on {first.metrics['examples']:.0f} examples"
     if baseline := first.environment.get("fp32_baseline"):
-        parts.append(f"speed-ups are against {baseline} fp32" if _has_speedup(block) else f"fp32 runs {baseline}")
+        parts.append(f"speed-ups are against {baseline} fp32" if _has_speedup(block) else f"baseline: {baseline} fp32")
     return "; ".join(parts)
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "store_uri",
 ]
 
+LARGEST_ARTIFACT = 2_000_000  # bytes; larger files (the model) stay in the run's folder: the store would copy them
 STATUS = {"ok": "FINISHED", "failed": "FAILED", "skipped": "KILLED"}
 
 
@@ -124,7 +125,7 @@ def _tags(record: Record, sweep: str) -> dict[str, str]:
 def _log_artifacts(client: MlflowClient, run_id: str, record: Record, results: Path) -> None:
     folder = results / "runs" / record.key
     for name in ["record.json", *record.details.get("artifacts", [])]:
-        if (folder / name).is_file():
+        if (folder / name).is_file() and (folder / name).stat().st_size <= LARGEST_ARTIFACT:
             parent = str(Path(name).parent)
             client.log_artifact(run_id, str(folder / name), None if parent == "." else parent)
 

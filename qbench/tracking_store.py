@@ -43,7 +43,7 @@ def check_store(results: Path, wait_s: float = 5.0) -> None:
     Raises TrackingError: locked for longer than `wait_s`, not a database, damaged, foreign, or of another MLflow.
     """
     path = results / "mlflow.db"
-    if not path.exists():
+    if _is_missing(path):
         return
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=wait_s)) as db:
@@ -69,6 +69,10 @@ def check_store(results: Path, wait_s: float = 5.0) -> None:
         )
 
 
+def _is_missing(path: Path) -> bool:
+    return not path.exists() or path.stat().st_size == 0
+
+
 def _schema_version() -> str | None:
     """The schema revision of the installed MLflow, read from its migration files; None when they look different."""
     spec = find_spec("mlflow")
@@ -88,7 +92,7 @@ def prepare_store(results: Path) -> None:
     """
     check_store(results)
     path = results / "mlflow.db"
-    if not path.exists() or path.stat().st_size == 0:
+    if _is_missing(path):
         _create(path)
     with one_line_errors(results):
         experiment_id(results)
@@ -101,7 +105,7 @@ def _create(path: Path) -> None:
         new = Path(folder) / path.name
         with one_line_errors(path.parent):
             client_of(f"sqlite:///{new.resolve()}")
-        if not path.exists() or path.stat().st_size == 0:
+        if _is_missing(path):
             new.replace(path)
 
 

@@ -12,23 +12,24 @@ import json
 import zlib
 from typing import Any
 
-NOTE = """\
-**qbench**: one run is one cell, a way of quantizing a network, executed in int8. Values have four significant digits.
+from qbench.declarations import MEASURED
 
-| column | meaning |
-|---|---|
-| `score`, `score_drop` | the task's own score; its drop against fp32 (positive is worse), with a 95 % interval |
-| `drop_percent` | the drop in percent of the fp32 score: comparable between tasks |
-| `agreement`, `sqnr_db` | equal decisions with fp32; signal to quantization noise of the outputs |
-| `size_bytes`, `size_ratio` | the saved file; its share of the fp32 file |
-| `latency_ms_median` | batch 1, one thread; `_b16` is the larger batch |
-| `latency` | `measured`, or `reference`: exact, not fast: its latency is no result, and no speed-up is shown |
-| `speedup` | against the fastest fp32 that runs here, with a 95 % interval |
-| `granularity`, `observer`, ... | the recipe; `-` where an axis does not apply to the method |
-| `peak_memory_bytes` | loading the saved file and three forwards at the larger batch |
-| `int8_mac_fraction` | multiplications that really ran in int8 |
-"""
-
+COLUMN_TEXTS = {
+    **{metric.name: metric.text for metric in MEASURED},
+    "drop_percent": "score_drop in percent of the fp32 score: comparable between tasks",
+    "..._b16": "at batch 16; without a suffix it is batch 1",
+    "latency": "measured; or reference: exact, not fast: its latency is no result, and no speed-up is shown",
+    "granularity, observer, ...": "the recipe in short labels; - where an axis does not apply to the method",
+}
+NOTE = "\n".join(
+    [
+        "**qbench**: one run is one cell, a way of quantizing a network, executed in int8. Four significant digits.",
+        "",
+        "| column | meaning |",
+        "|---|---|",
+        *(f"| `{name}` | {text} |" for name, text in COLUMN_TEXTS.items()),
+    ]
+)
 EXPERIMENT_TAGS = {"mlflow.note.content": NOTE, "mlflow.experimentKind": "custom_model_development"}
 
 # Column and width in pixels, from the left: the numbers come first, so that they are seen on a small screen too.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qbench import comparison as compare
-from qbench.columns import Block, blocks, score_unit
+from qbench.columns import Block, blocks, difference_unit, score_unit
 from qbench.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, new_figure, save
 from qbench.record import Record
 
@@ -61,7 +61,7 @@ class _Look:
 
 
 def _panel(ax: Axes, block: Block, look: _Look) -> None:
-    factor, unit = score_unit(block.done[0])
+    factor = score_unit(block.done[0])[0]
     cells = [r for r in block.done if _has_both(r)]
     for record in cells:
         x, y = record.metrics["size_bytes"] / 1e6, factor * compare.drop(record)
@@ -78,7 +78,7 @@ def _panel(ax: Axes, block: Block, look: _Look) -> None:
     if max(drops) > 20 * typical:  # one collapse must not flatten all others
         ax.set_yscale("symlog", linthresh=2 * typical)
     ax.set_xlabel("file, MB")
-    ax.set_ylabel(f"score drop, {'points' if unit else 'own unit'}; up is worse")
+    ax.set_ylabel(f"score drop, {difference_unit(block.done[0])}; up is worse")
     ax.set_title(block.task + _fp32(block))
 
 
