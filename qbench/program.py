@@ -83,7 +83,7 @@ class Program:
 
     def lower(self, backend: Backend, macs: Macs) -> Callable[..., Any]:
         """A function of the input tensors (nested as the model's own) that runs the program on a backend."""
-        lowered = _lower(self, backend, macs)
+        lowered = lower_graph(self, backend, macs)
 
         @torch.inference_mode()
         def run(*inputs: Any) -> Any:
@@ -113,7 +113,7 @@ def _value_kinds(graph: fx.Graph) -> dict[fx.Node, str]:
     return kinds
 
 
-def _lower(program: Program, backend: Backend, macs: Macs) -> fx.GraphModule:
+def lower_graph(program: Program, backend: Backend, macs: Macs) -> fx.GraphModule:
     """The graph again, with a prepared kernel in the place of each int8 operation."""
     graph, values, held = fx.Graph(), {}, {}
     for node in program.graph.nodes:

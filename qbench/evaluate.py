@@ -1,0 +1,233 @@
+"""What the children of a cell run: prepare a task, quantize and score a cell, hand the fp32 network to a timing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from qbench import metrics
+from qbench.artifacts import write_artifacts
+from qbench.capture import capture
+from qbench.config import instantiate
+from qbench.identity import sha256_of
+from qbench.measure import Measure
+from qbench.model import QuantizedModel
+from qbench.quantization import quantize_network
+from qbench.record import write_atomic
+from qbench.recipe import AXES, Recipe
+from qbench.saved import dump, load
+from qbench.sources import closure, modules_of_targets
+from qbench.task import Examples, Task
+
+Say = Callable[[str], None]
+
+BATCH = 250  # examples a forward pass when the fp32 outputs are taken
+
+
+# --- the task --------------------------------------------------------------------------------------------------------
+
+
+def prepare(task_config: dict[str, Any], cache: str, say: Say) -> dict[str, Any]:
+    """Make the task ready: weights trained (on first use) or verified, data hashed, fp32 outputs taken.
+
+    Returns what identifies it: name, family, metric, weights_sha256, data_sha256, folder. Raises ValueError for a damaged
+    cache and TaskUnavailable when the task cannot be had here.
+    """
+    task: Task = instantiate(task_config)
+    folder = Path(cache) / sha256_of([task_config, _task_sources(task_config)])
+    examples = task.evaluation()
+    model = _weights(task, folder, say)
+    identity = {
+        "weights_sha256": tensors_sha256(model.state_dict().items()),
+        "data_sha256": tensors_sha256(_data(task, examples)),
+    }
+    if not (folder / "fp32_outputs.safetensors").exists() or _stored_identity(folder) != identity:
+        say(f"{task.name}: fp32 outputs of {len(examples)} examples")
+        outputs = run(model, examples, BATCH, say)
+        write_atomic(folder / "fp32_outputs.safetensors", save_tensors({"outputs": outputs}))
+        write_atomic(folder / "identity.json", json.dumps(identity, indent=1) + "\n")
+    return {"name": task.name, "family": task.family, "metric": task.metric.name, "folder": str(folder), **identity}
+
+
+def fp32_model(task_config: dict[str, Any], prepared: dict[str, Any]) -> nn.Module:
+    """The task's float network with its final weights, in evaluation mode."""
+    return _weights(instantiate(task_config), Path(prepared["folder"]), say=None)
+
+
+def example_batch(task_config: dict[str, Any], batch: int) -> tuple[Tensor, ...]:
+    """Input tensors of `batch` calibration examples, repeated when there are fewer."""
+    task: Task = instantiate(task_config)
+    together = [torch.cat(leaves) for leaves in zip(*task.calibration(), strict=True)]
+    return tuple(leaf.repeat(-(-batch // len(leaf)), *[1] * (leaf.dim() - 1))[:batch].contiguous() for leaf in together)
+
+
+def _task_sources(task_config: dict[str, Any]) -> dict[str, str]:
+    """The content of the files that the task's weights and data come from: the task's own, not the engine's."""
+    files = closure(modules_of_targets(task_config))
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if _is_task(name)}
+
+
+def _is_task(module: str) -> bool:
+    return module.split(".")[0] != "qbench"
+
+
+def _weights(task: Task, folder: Path, say: Say | None) -> nn.Module:
+    """The network with its final weights; trained and stored when `say` is given and there is no checkpoint."""
+    model = task.build()
+    checkpoint = folder / "weights.safetensors"
+    if task.train is not None and not checkpoint.exists():
+        if say is None:
+            raise ValueError(f"{checkpoint} is missing; run the sweep again to train {task.name}")
+        say(f"{task.name}: training, once")
+        started = time.monotonic()
+        task.train(model, say)
+        say(f"{task.name}: trained in {time.monotonic() - started:.0f} s")
+        write_atomic(checkpoint, save_tensors({name: t.contiguous() for name, t in model.state_dict().items()}))
+        write_atomic(folder / "weights.sha256", hashlib.sha256(checkpoint.read_bytes()).hexdigest() + "\n")
+    if task.train is not None:
+        model.load_state_dict(_read_checked(checkpoint, folder / "weights.sha256"))
+    return model.eval().requires_grad_(False)
+
+
+def _read_checked(path: Path, digest: Path) -> dict[str, Tensor]:
+    """The tensors of a cache file whose hash stands beside it. Raises ValueError naming the folder to delete."""
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest.read_text().strip():
+            raise ValueError("its content does not match its sha256")
+        return load_tensors(data)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete the folder {path.parent} to make it again") from error
+
+
+def _stored_identity(folder: Path) -> dict[str, str] | None:
+    try:
+        stored = json.loads((folder / "identity.json").read_text())
+    except (OSError, ValueError):
+        return None  # taken again below
+    return stored if isinstance(stored, dict) else None
+
+
+def _data(task: Task, examples: Examples) -> Iterator[tuple[str, Tensor]]:
+    """Everything that calibrates and judges, by name."""
+    for number, batch in enumerate(task.calibration()):
+        yield from ((f"calibration {number} {i}", leaf) for i, leaf in enumerate(batch))
+    yield from ((f"input {i}", leaf) for i, leaf in enumerate(examples.inputs))
+    yield from ((name, t) for name, t in (("targets", examples.targets), ("units", examples.units)) if t is not None)
+
+
+def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
+    """One hash over names, shapes, dtypes and contents."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+# --- the cell --------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    task_config: dict[str, Any],
+    prepared: dict[str, Any],
+    recipe_config: dict[str, Any],
+    measure_config: dict[str, Any],
+    folder: str,
+    say: Say,
+) -> dict[str, Any]:
+    """Quantize the task's network, save it as folder/model.qb, score what was saved, write the artifacts.
+
+    Returns metrics, granularity_effective, notes and details for the record.
+    """
+    task: Task = instantiate(task_config)
+    recipe = _recipe(recipe_config)
+    measure = Measure.of(measure_config)
+    say("quantizing")
+    model = fp32_model(task_config, prepared)
+    calibration = task.calibration()
+    network = capture(model, calibration[0])
+    started = time.monotonic()
+    quantized = quantize_network(network, recipe, calibration if recipe.method.needs_calibration else None)
+    quantize_s = time.monotonic() - started
+    path = Path(folder) / "model.qb"
+    quantized.save(path)
+    saved = load(path, recipe.backend.name)
+    examples = task.evaluation().first(measure.examples)
+    outputs = run(saved, examples, measure.eval_batch, say)
+    found = _score(task, examples, outputs, Path(prepared["folder"]))
+    fp32_bytes = len(dump(quantize_network(network, Recipe(method="fp32"))))
+    found["metrics"] |= {"size_bytes": saved.size_bytes, "size_ratio": saved.size_bytes / fp32_bytes}
+    found["metrics"] |= {"quantize_s": quantize_s}
+    if saved.macs.int8_fraction is not None:
+        found["metrics"]["int8_mac_fraction"] = saved.macs.int8_fraction
+    write_artifacts(Path(folder), Path(prepared["folder"]), network, recipe, saved, calibration, measure, say)
+    return {
+        **found,
+        "granularity_effective": granularity_effective(saved) if recipe.applies("granularity") else None,
+        "notes": found["notes"] + (["batch_dependent"] if _batch_dependent(recipe) else []),
+        "details": {"float_ops": saved.float_ops},
+    }
+
+
+def _recipe(config: dict[str, Any]) -> Recipe:
+    axes = {axis: instantiate(config[axis]) for axis in AXES}
+    return Recipe(**axes, group_size=config["group_size"], keep_float=tuple(config["keep_float"]))
+
+
+def _batch_dependent(recipe: Recipe) -> bool:
+    return recipe.applies("activation_granularity") and recipe.activation_granularity.batch_dependent
+
+
+@torch.inference_mode()
+def run(model: Callable[..., Any], examples: Examples, batch: int, say: Say) -> Tensor:
+    """The outputs of all examples, in order: the first tensor that the network returns."""
+    outputs = []
+    started = time.monotonic()
+    for first in range(0, len(examples), batch):
+        result = model(*(leaf[first : first + batch] for leaf in examples.inputs))
+        outputs.append(result if isinstance(result, Tensor) else next(iter(result)))
+        done = min(first + batch, len(examples))
+        left = (time.monotonic() - started) / done * (len(examples) - done)
+        say(f"evaluating, {done}/{len(examples)} examples, {left:.0f} s left")
+    return torch.cat(outputs)
+
+
+def _score(task: Task, examples: Examples, outputs: Tensor, folder: Path) -> dict[str, Any]:
+    """The task's own score against fp32 on the same examples, agreement and SQNR."""
+    try:
+        stored = load_tensors((folder / "fp32_outputs.safetensors").read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({error}); delete it to make it again") from error
+    fp32 = stored["outputs"][: len(examples)]
+    comparison = task.metric.compare(outputs, fp32, examples.targets, examples.units)
+    found: dict[str, float] = {**comparison.metrics(task.metric), "examples": len(examples)}
+    found["agreement"] = metrics.agreement(outputs, fp32)
+    noise = metrics.sqnr_db(fp32, outputs)
+    if noise is not None:
+        found["sqnr_db"] = noise
+    return {"metrics": found, "notes": list(comparison.notes)}
+
+
+def granularity_effective(model: QuantizedModel) -> str:
+    """What the layers' scales really are: `per_group`, or `per_group 15, per_channel 38` where layers are too small."""
+    counts: dict[str, int] = {}
+    for node in model.program.graph.nodes:
+        if "weight_scale" in node.kwargs:
+            rows, blocks = model.program.tensors[node.kwargs["weight_scale"].target].shape
+            outputs = model.program.tensors[node.kwargs["weight"].target].shape[0]
+            kind = "per_group" if blocks > 1 else "per_tensor" if rows == 1 and outputs > 1 else "per_channel"
+            counts[kind] = counts.get(kind, 0) + 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items(), key=lambda item: -item[1]))

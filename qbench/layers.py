@@ -1,0 +1,155 @@
+"""The per-layer table: which layer costs what, and which one hurts."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qbench import metrics, numerics
+from qbench.calibrate import LAYERS
+from qbench.capture import Network
+from qbench.fusion import fuse, has_macs, kept_layers, layer_call
+from qbench.model import QuantizedModel
+from qbench.program import Macs, lower_graph
+from qbench.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a quantized network. The codes used are shares of 256; None where the method has no codes there.
+
+    `sqnr_alone_db`: of the network's output with only this layer quantized. `sqnr_in_place_db`: of the layer's own output
+    in the quantized network. Both against float on the same inputs, None when there is no difference.
+    """
+
+    layer: str
+    operation: str
+    macs: int
+    bytes: int
+    sqnr_alone_db: float | None
+    sqnr_in_place_db: float | None
+    weight_codes_used: float
+    output_codes_used: float | None
+
+
+class Recorder(fx.Interpreter):
+    """Keeps the value of every node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.kept: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.kept[n.name] = value = super().run_node(n)
+        return value
+
+
+@torch.inference_mode()
+def layer_table(network: Network, recipe: Recipe, model: QuantizedModel, inputs: tuple[Tensor, ...]) -> list[LayerRow]:
+    """A row for each quantized layer, in the order of execution, measured on a batch of inputs."""
+    kept = kept_layers(network, recipe.keep_float) if recipe.applies("keep_float") else set()
+    static = any(node.target is torch.ops.qbench.quantize.default for node in model.program.graph.nodes)
+    compared = fuse(network, kept) if static else network
+    float_layers = [node for node in compared.graph.nodes if _is_layer(node, kept)]
+    floats = Recorder(compared.module())
+    floats.run(*inputs)
+    macs = Macs()
+    lowered = Recorder(lower_graph(model.program, model.backend, macs))
+    lowered.run(*inputs)
+    kernels = {node.name: node.target for node in lowered.module.graph.nodes}  # type: ignore[union-attr]
+    layers = [node for node in model.program.graph.nodes if "weight_scale" in node.kwargs]
+    rows = []
+    for node, twin in zip(layers, float_layers, strict=True):
+        before = macs.int8 + macs.float32
+        alone = _alone(node, twin, kernels[node.name], floats.kept)
+        performed = macs.int8 + macs.float32 - before
+        result = _rerun(compared, floats, twin, alone)
+        rows.append(
+            LayerRow(
+                layer=node.meta["layer"] or node.name,
+                operation=str(node.target).split(".")[1],
+                macs=performed // len(inputs[0]),
+                bytes=sum(_held(model, node, name) for name in ("weight", "weight_scale", "weight_zero_point", "bias")),
+                sqnr_alone_db=metrics.sqnr_db(_first(floats.kept["output"]), _first(result)),
+                sqnr_in_place_db=metrics.sqnr_db(floats.kept[twin.name], _as_float(node, lowered.kept[node.name])),
+                weight_codes_used=_weight(model, node).unique().numel() / 256,
+                output_codes_used=_codes_used(lowered.kept[node.name]),
+            )
+        )
+    return rows
+
+
+def as_csv(rows: list[LayerRow]) -> str:
+    """The table as CSV, numbers to six significant digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(LayerRow)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        values = asdict(row)
+        writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in values.items()})
+    return text.getvalue()
+
+
+def _is_layer(node: fx.Node, kept: set[str]) -> bool:
+    if node.target in LAYERS:
+        return True
+    return (
+        node.op == "call_function" and has_macs(node) and node.meta["layer"] not in kept and layer_call(node) is not None
+    )
+
+
+def _alone(node: fx.Node, twin: fx.Node, kernel: Any, values: dict[str, Any]) -> Tensor:
+    """The layer's result as float, its quantized form fed with the float network's own values."""
+    x = values[twin.args[0].name]  # type: ignore[union-attr]
+    if "x_scale" not in node.kwargs:
+        return kernel(x)  # type: ignore[no-any-return]
+    activations = [_codes(x, node, "x")]
+    if twin.kwargs.get("residual") is not None:
+        activations.append(_codes(values[twin.kwargs["residual"].name], node, "residual"))  # type: ignore[union-attr]
+    return _as_float(node, kernel(*activations))
+
+
+def _codes(x: Tensor, node: fx.Node, name: str) -> Tensor:
+    scale, zero_point = node.kwargs[f"{name}_scale"], node.kwargs[f"{name}_zero_point"]
+    return numerics.quantize(x, scale, zero_point, 0, 255).to(torch.uint8)  # type: ignore[arg-type]
+
+
+def _as_float(node: fx.Node, value: Tensor) -> Tensor:
+    if value.is_floating_point():
+        return value
+    return numerics.dequantize(value, node.kwargs["scale"], node.kwargs["zero_point"])  # type: ignore[arg-type]
+
+
+def _codes_used(value: Tensor) -> float | None:
+    return None if value.is_floating_point() else value.unique().numel() / 256
+
+
+def _rerun(network: Network, floats: Recorder, changed: fx.Node, value: Tensor) -> Any:
+    """The float network's results when one node has another value; only what depends on it runs again."""
+    values = {node: floats.kept[node.name] for node in network.graph.nodes} | {changed: value}
+    dirty = {changed}
+    for node in network.graph.nodes:
+        if node is changed or not dirty & set(node.all_input_nodes):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        values[node] = args[0] if node.op == "output" else node.target(*args, **kwargs)
+        dirty.add(node)
+    return next(values[node] for node in network.graph.nodes if node.op == "output")
+
+
+def _first(results: Any) -> Tensor:
+    return results if isinstance(results, Tensor) else _first(results[0])
+
+
+def _weight(model: QuantizedModel, node: fx.Node) -> Tensor:
+    return model.program.tensors[node.kwargs["weight"].target]  # type: ignore[union-attr,index]
+
+
+def _held(model: QuantizedModel, node: fx.Node, name: str) -> int:
+    value = node.kwargs[name]
+    return model.program.tensors[value.target].nbytes if isinstance(value, fx.Node) else 0  # type: ignore[index]
