@@ -1,0 +1,69 @@
+"""Fake quantization: the plan executed in float, every value rounded to the codes that the int8 program will hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qbench import float_ops, numerics
+from qbench.calibrate import INTEGER, LAYERS, Plan, constant_qparams
+from qbench.numerics import QParams
+
+
+def fake_quantize(x: Tensor, q: QParams) -> Tensor:
+    """x rounded to the codes of q and read back as float32."""
+    return numerics.dequantize(numerics.quantize(x, q.scale, q.zero_point, q.q_min, q.q_max), q.scale, q.zero_point)
+
+
+def layer_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor | None]:
+    """The float32 weight and bias that a layer's int8 parameters stand for."""
+    layer = plan.layers[node.name]
+    bias = layer.bias
+    if bias is not None and not bias.is_floating_point():
+        x_scale = plan.qparams[node.args[0].name].scale  # type: ignore[union-attr]
+        bias = (bias.double() * (layer.weight.scale.double()[:, 0] * x_scale)).float()
+    return layer.weight.dequantize(), bias
+
+
+class Simulation(fx.Interpreter):
+    """Runs a plan's fused network in float32 with fake-quantized values and parameters; `run(*inputs)` as an Interpreter.
+
+    Each fused node is computed once and rounded once, as the int8 program does; only the sums are float32.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan.network.module())
+        self.plan = plan
+        self.twins = {node.name: node for node in plan.network.graph.nodes}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of one node, from the values of its inputs."""
+        if n.target not in INTEGER:
+            return super().run_node(n)
+        return simulate_node(self.plan, self.twins[n.name], {node.name: value for node, value in self.env.items()})
+
+
+@torch.no_grad()
+def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Tensor:
+    """The fake-quantized value of one fused node, given the values of its inputs by name."""
+
+    def read(source: fx.Node) -> Tensor:
+        if source.op == "get_attr":
+            constant = plan.network.tensors[source.target]  # type: ignore[index]
+            return fake_quantize(constant, constant_qparams(constant, plan.recipe))
+        value = values[source.name]
+        return value if plan.holds_codes(source) else fake_quantize(value, plan.qparams[source.name])
+
+    args: tuple[Any, ...]
+    if node.target in LAYERS:
+        args = (read(node.args[0]), *layer_parameters(plan, node), *node.args[3:])  # type: ignore[arg-type]
+    elif node.target is float_ops.channel_affine:
+        args = (read(node.args[0]), *(plan.network.tensors[arg.target] for arg in node.args[1:3]))  # type: ignore[arg-type,union-attr,index]
+    else:
+        args = fx.map_arg(node.args, read)  # type: ignore[assignment]
+    result: Tensor = node.target(*args, **fx.map_arg(node.kwargs, read))  # type: ignore[operator]
+    if node.name in plan.accumulators:
+        return result
+    return fake_quantize(result, plan.qparams[node.name])
