@@ -1,4 +1,6 @@
-"""Take the README's three screenshots of MLflow's page: `python docs/screenshots.py [results] [sweep]`.
+"""Take the README's pictures: `python docs/screenshots.py [results] [sweep] [folder]`.
+
+Three of MLflow's page, and size against score drop (tradeoff.png).
 
 Needs Chromium and its chromedriver (Debian: chromium, chromium-driver). It speaks the WebDriver protocol itself, plain
 JSON over HTTP, so that a picture costs no dependency.
@@ -23,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from qbench import tracking, tracking_view
+from qbench.results import newest_records
+from qbench.tradeoff import tradeoff_figure
 
 WIDTH, HEIGHT = 1680, 1250
 FLAGS = [
@@ -39,6 +43,14 @@ FLAGS = [
     # A mouse that can hover: without one the charts keep their tool bars open, over the data.
     "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
 ]
+
+
+# On the compare page: close the section between the names of the runs and their metrics, show the metrics that differ.
+COLLAPSE = """
+const headings = [...document.querySelectorAll('[role=button], button, h3, h4')]
+headings.find(e => e.innerText.trim() === 'Parameters')?.click();
+[...document.querySelectorAll('[role=switch]')].at(-2)?.click();
+"""
 
 
 def free_port() -> int:
@@ -109,6 +121,10 @@ class Browser:
         """Run JavaScript in the page."""
         return self._call("/execute/sync", {"script": source, "args": []})
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the window another size, in pixels."""
+        self._call("/window/rect", {"width": width, "height": height})
+
     def save(self, path: Path) -> None:
         """Write what is to be seen as PNG."""
         path.write_bytes(base64.b64decode(self._call("/screenshot")))
@@ -142,6 +158,8 @@ def addresses(results: Path, sweep: str, port: int) -> dict[str, str]:
 def main(results: Path, sweep: str, folder: Path) -> None:
     """Start MLflow's page and the browser, take the pictures."""
     tracking.check_store(results)
+    keys = tracking.logged_keys(results, sweep)
+    tradeoff_figure([r for r in newest_records(results) if r.key in keys], folder / "tradeoff.png")
     ui, driver = free_port(), free_port()
     command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", str(ui)]
     command += ["--backend-store-uri", tracking.store_uri(results)]
@@ -155,7 +173,12 @@ def main(results: Path, sweep: str, folder: Path) -> None:
         browser = Browser(f"http://127.0.0.1:{driver}", profile)
         try:
             for name, address in pages.items():
+                if name == "compare":
+                    browser.resize(WIDTH, 1590)
                 browser.open(address, "score", settle_s=8)
+                if name == "compare":
+                    browser.script(COLLAPSE)
+                    time.sleep(1)
                 browser.save(folder / f"{name}.png")
                 print(folder / f"{name}.png")
         finally:
