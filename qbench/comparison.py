@@ -13,6 +13,7 @@ from qbench.record import Record
 ALWAYS = ("method", "granularity", "scheme")
 DEFAULTS = {f.name: str(f.default) for f in dataclasses.fields(Recipe) if f.name in AXES and f.name not in ALWAYS}
 VALUES = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name not in AXES}
+TIMING_NOTES = ("disturbed", "one_process", "baseline_eager_only")
 PREFIX = {"activation_scheme": "act:", "activation_granularity": "act:", "output": "out:"}
 
 
@@ -31,6 +32,11 @@ def shown_metrics(record: Record) -> dict[str, float]:
     if latency_counts(record):
         return dict(record.metrics)
     return {name: value for name, value in record.metrics.items() if not name.startswith("speedup")}
+
+
+def shown_notes(record: Record) -> list[str]:
+    """The notes that qualify what a reader sees: without those on a latency that is not a result."""
+    return [word for word in record.notes if latency_counts(record) or word not in TIMING_NOTES]
 
 
 def option_label(record: Record, axis: str) -> str:

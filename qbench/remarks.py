@@ -24,6 +24,9 @@ NOTES = {
 }
 
 
+SPEEDUP_NOTES = ("one_process", "baseline_eager_only")
+
+
 def title(block: Block) -> str:
     """`resnet18 (cnn): accuracy on 10000 examples; speed-ups are against compiled fp32`."""
     first = (block.done or block.rest)[0]
@@ -45,10 +48,10 @@ def remarks(block: Block) -> list[str]:
     for reason, cells in _grouped(block.done, compare.slow_reason).items():
         if any(compare.latency_counts(r) for r in cells):
             lines.append(f"slower than fp32: {_names(block, cells)}: {reason}.")
-    for word in sorted({word for r in block.done for word in r.notes}):
-        lines.append(
-            f"{word}: {_names(block, [r for r in block.done if word in r.notes])}: {NOTES.get(word, 'see the record')}."
-        )
+    for word in sorted({word for r in block.done for word in compare.shown_notes(r)}):
+        if _has_speedup(block) or word not in SPEEDUP_NOTES:
+            cells = [r for r in block.done if word in compare.shown_notes(r)]
+            lines.append(f"{word}: {_names(block, cells)}: {NOTES.get(word, 'see the record')}.")
     return lines
 
 
@@ -96,6 +99,8 @@ def _grouped(cells: Sequence[Record], key: Callable[[Record], str | None]) -> di
 
 
 def _names(block: Block, cells: Sequence[Record]) -> str:
+    if len(cells) == len(block.done) > 1:
+        return "all cells"
     names = [block.name(r) for r in cells]
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 

@@ -72,4 +72,4 @@ def _parts(record: Record) -> list[str]:
         label = "" if compare.latency_counts(record) else f" {record.backend}"
         parts.append(f"{milliseconds(record, 'latency_ms_median')} ms{label}")
     parts += [f"{shown['speedup']:.2f}x fp32"] if "speedup" in shown and not compare.is_baseline(record) else []
-    return [*parts, *record.notes, f"{record.seconds:.0f} s"]
+    return [*parts, *compare.shown_notes(record), f"{record.seconds:.0f} s"]

@@ -199,16 +199,27 @@ def test_a_metric_in_its_own_unit_is_not_a_percentage():
 
 
 def test_one_line():
-    cell = record(drop=0.001, size=11.2e6, metrics={"sqnr_db": 25.04}, notes=["disturbed"])
+    cell = record(drop=0.001, size=11.2e6, metrics={"sqnr_db": 25.04}, notes=["batch_dependent", "disturbed"])
     assert report.one_line(cell) == (
         "resnet18 ptsq channel sym: accuracy 89.90%, drop +0.10 not significant, SQNR 25.0 dB, 11.2 MB, "
-        "~12.3 ms reference, disturbed, 4 s"
+        "~12.3 ms reference, batch_dependent, 4 s"
     )
     assert report.one_line(native(2.0)).endswith("5.00 ms, 2.00x fp32, 4 s")
 
 
 def test_notes_are_explained():
-    assert "disturbed: ptsq channel sym: its time alone" in report.table([FP32, record(notes=["disturbed"])])
+    words = ["disturbed", "few_units"]
+    fp32 = dataclasses.replace(FP32, backend="native")
+    text = report.table([fp32, native(2.0, notes=words), native(2.0, method="woq", notes=["few_units"])])
+    assert "disturbed: ptsq channel sym: its time alone" in text
+    assert "few_units: ptsq channel sym, woq channel sym: fewer than 20" in text
+
+
+def test_notes_on_a_latency_that_is_no_result_are_left_out():
+    text = report.table([FP32, record(notes=["disturbed", "one_process", "few_units"])])
+    assert "few_units" in text
+    assert "disturbed" not in text
+    assert "one_process" not in text
 
 
 def test_no_records_make_no_crash(tmp_path):
