@@ -41,10 +41,12 @@ def _forward(conv: nn.Conv2d, inputs: Tensor) -> Tensor:
     height, width = inputs.shape[-2:]
     if max(height, width) > LARGEST_MAP:
         return conv._conv_forward(inputs, conv.weight, conv.bias)
-    rows = [_taps(height, int(conv.stride[0])), _taps(width, int(conv.stride[1]))]
+    rows, columns = _taps(height, conv.stride[0]), _taps(width, conv.stride[1])
+    met = [[3 * i + j for i in row for j in column] for row in rows for column in columns]
+    taps = conv.weight.permute(0, 2, 3, 1).flatten(1, 2).unbind(1)  # nine of [O, I]; gradients come back channels-last
     product = _dense_product if conv.groups == 1 else _depthwise_product
-    outputs = product(inputs.permute(0, 2, 3, 1).flatten(1, 2), conv.weight, *rows)  # positions before channels
-    return outputs.unflatten(1, (len(rows[0]), len(rows[1]))).permute(0, 3, 1, 2)
+    outputs = product(inputs.permute(0, 2, 3, 1).flatten(1, 2), taps, met)  # positions before channels
+    return outputs.unflatten(1, (len(rows), len(columns))).permute(0, 3, 1, 2)
 
 
 def _taps(size: int, stride: int) -> list[list[int]]:
@@ -52,25 +54,14 @@ def _taps(size: int, stride: int) -> list[list[int]]:
     return [[position - stride * output + 1 for position in range(size)] for output in range((size - 1) // stride + 1)]
 
 
-def _dense_product(inputs: Tensor, weight: Tensor, rows: list[list[int]], columns: list[list[int]]) -> Tensor:
-    """[N, positions, I] to [N, positions, O] with weight [O, I, 3, 3]."""
-    matrix = torch.cat(
-        [
-            torch.cat([weight[:, :, i, j] for i in row for j in column], 1)
-            for row in rows
-            for column in columns
-        ]
-    )
-    return (inputs.flatten(1) @ matrix.t()).unflatten(1, (-1, weight.shape[0]))
+def _dense_product(inputs: Tensor, taps: tuple[Tensor, ...], met: list[list[int]]) -> Tensor:
+    """[N, positions, I] to [N, positions, O] with taps [O, I]; met[output][input] is the tap between two positions."""
+    matrix = torch.cat([torch.cat([taps[tap] for tap in row], 1) for row in met])
+    return (inputs.flatten(1) @ matrix.t()).unflatten(1, (len(met), -1))
 
 
-def _depthwise_product(inputs: Tensor, weight: Tensor, rows: list[list[int]], columns: list[list[int]]) -> Tensor:
-    """[N, positions, C] to [N, positions, C] with weight [C, 1, 3, 3]."""
-    return torch.stack(
-        [
-            sum(inputs[:, k] * weight[:, 0, i, j] for k, (i, j) in enumerate((i, j) for i in row for j in column))
-            for row in rows
-            for column in columns
-        ],
-        1,
-    )
+def _depthwise_product(inputs: Tensor, taps: tuple[Tensor, ...], met: list[list[int]]) -> Tensor:
+    """[N, positions, C] to [N, positions, C] with taps [C, 1]."""
+    positions = inputs.unbind(1)
+    sums = [sum(x * taps[tap][:, 0] for x, tap in zip(positions, row, strict=True)) for row in met]
+    return torch.stack(sums, 1)  # type: ignore[arg-type]

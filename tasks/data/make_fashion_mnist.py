@@ -1,6 +1,6 @@
 """Makes the embedded Fashion-MNIST from the Debian package's folder; see PROVENANCE.md.
 
-    python tasks/data/make_fashion_mnist.py fm/usr/share/datasets/fashion-mnist tasks/data/fashion_mnist
+python tasks/data/make_fashion_mnist.py fm/usr/share/datasets/fashion-mnist tasks/data/fashion_mnist
 """
 
 import gzip
