@@ -158,7 +158,10 @@ def _watch(module: fx.GraphModule, tallies: dict[str, Any], batches: list[list[T
 
 def _rebatched(batches: list[list[Tensor]]) -> Iterator[list[Tensor]]:
     """The same samples in batches of one size, so that the caller's batching cannot show in the ranges."""
-    if any(len({leaf.shape[0] for leaf in batch if leaf.dim()}) != 1 or not all(leaf.dim() for leaf in batch) for batch in batches):
+    if any(
+        len({leaf.shape[0] for leaf in batch if leaf.dim()}) != 1 or not all(leaf.dim() for leaf in batch)
+        for batch in batches
+    ):
         yield from batches
         return
     together = [torch.cat(leaves) for leaves in zip(*batches, strict=True)]
@@ -169,16 +172,16 @@ def _choose(plan: Plan, node: fx.Node, ranges: dict[str, tuple[float, float]]) -
     """The scale and zero point of one node's value, when it is read as codes."""
     if node.name in ranges:
         chosen = activation_qparams(*ranges[node.name], plan.recipe.activation_scheme)
-        plan.qparams[node.name] = chosen.narrowed(node.kwargs.get("low"), node.kwargs.get("high"))  # type: ignore[arg-type]
+        plan.qparams[node.name] = chosen.narrowed(node.kwargs.get("low"), node.kwargs.get("high"))
     elif plan.holds_codes(node):
-        source = plan.qparams[node.args[0].name]  # type: ignore[union-attr]
-        plan.qparams[node.name] = source.narrowed(*node.args[1:3]) if node.target is float_ops.clamp else source  # type: ignore[arg-type]
+        source = plan.qparams[node.args[0].name]
+        plan.qparams[node.name] = source.narrowed(*node.args[1:3]) if node.target is float_ops.clamp else source
 
 
 def _share_with_cat(plan: Plan) -> None:
     """What only a concatenation reads takes its scale and zero point, so that the codes need no second rounding."""
     for node in reversed(plan.nodes(float_ops.cat)):
-        for source in node.args[0]:  # type: ignore[union-attr]
+        for source in node.args[0]:
             chain = _only_read_here(plan, source)
             if chain is None:
                 continue
@@ -202,9 +205,9 @@ def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
     """Quantize the parameters of a layer for the scale of its input."""
     recipe, tensors = plan.recipe, plan.network.tensors
     source, weight_node, bias_node = node.args[:3]
-    weight = tensors[weight_node.target]  # type: ignore[union-attr,index]
-    bias = None if bias_node is None else tensors[bias_node.target]  # type: ignore[union-attr,index]
-    x_scale = plan.qparams[source.name].scale  # type: ignore[union-attr]
+    weight = tensors[weight_node.target]
+    bias = None if bias_node is None else tensors[bias_node.target]
+    x_scale = plan.qparams[source.name].scale
     one_block = recipe.granularity.block(weight.shape[1], recipe.group_size) == weight.shape[1]
     try:
         if bias is not None and not bool(torch.isfinite(bias).all()):

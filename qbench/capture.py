@@ -139,9 +139,14 @@ def _unlift(exported: torch.export.ExportedProgram, leaves: list[Tensor]) -> Net
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])
         values[node].meta = {"val": node.meta.get("val"), "layer": _layer(node)}
-    results = pytree.tree_unflatten(list(range(len(exported.graph_signature.output_specs))), exported.call_spec.out_spec)
+    results = pytree.tree_unflatten(
+        list(range(len(exported.graph_signature.output_specs))), exported.call_spec.out_spec
+    )
     inputs = [
-        {"shape": [None if dim == 0 else int(size) for dim, size in enumerate(leaf.shape)], "dtype": str(leaf.dtype)[6:]}
+        {
+            "shape": [None if dim == 0 else int(size) for dim, size in enumerate(leaf.shape)],
+            "dtype": str(leaf.dtype)[6:],
+        }
         for leaf in leaves
     ]
     return Network(graph, tensors, inputs, describe(results))

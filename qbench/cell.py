@@ -20,6 +20,7 @@ from qbench.workers import Say, WorkerError
 
 PROGRAM = "model.qb"
 LOG = "log.txt"
+NO_FP32 = "NoBaseline"  # the kind of failure that follows from the fp32 cell's
 
 
 def answer(cell: Cell, results: Path, say: Say) -> Record:
@@ -52,8 +53,9 @@ def _baselines(cell: Cell, results: Path) -> Mapping[str, Any] | None:
         return None
     record = read_finished(results, cell.baseline_key)
     if record is None or record.status != "ok":
-        reason = "has no record" if record is None else f"{record.status}: {record.error}"
-        raise WorkerError(f"the fp32 cell that it is compared with {reason}")
+        raise WorkerError(
+            f"the fp32 cell that it is compared with {record.status if record else 'was not run'}", (NO_FP32,)
+        )
     found: Mapping[str, Any] = record.details["fp32_baselines"]
     return found
 
@@ -67,7 +69,7 @@ def _score(cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
 
 
 def _time(cell: Cell, folder: Path, index: int, results: Path, say: Say) -> dict[str, Any]:
-    """One of the fresh processes whose ratios make the interval of the speed-up; nothing else of qbench runs beside it."""
+    """One of the fresh processes whose ratios make the interval of the speed-up, alone on the machine."""
     program = None if cell.is_baseline else str(folder / PROGRAM)
     arguments = {**_task(cell), "program": program, "measure": _measure(cell), "process_index": index}
     say(f"timing, process {index + 1} of {cell.measure.processes}")
@@ -110,7 +112,7 @@ def _combine(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _failure(error: WorkerError) -> dict[str, Any]:
     skipped = "TaskUnavailable" in error.types
-    details = {"misuse": True} if error.misuse else {}
+    details = {"misuse": error.misuse, "follows_from_fp32": NO_FP32 in error.types}
     return {"status": "skipped" if skipped else "failed", "error": str(error), "details": details}
 
 
@@ -120,8 +122,8 @@ def _record(cell: Cell, found: Mapping[str, Any], folder: Path, started: datetim
     details = {
         **found.get("details", {}),
         "command": cell.command,
-        "log": str(folder / LOG),
-        "artifacts": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
+        "log": cell.prepared.log or str(folder / LOG),
+        "artifacts": [name for name in _files(folder) if name != PROGRAM],
         "latency_is_result": backend.latency_is_result,
         "measure": dataclasses.asdict(cell.measure),
         "metric": cell.prepared.metric,
@@ -144,6 +146,10 @@ def _record(cell: Cell, found: Mapping[str, Any], folder: Path, started: datetim
         notes=found.get("notes", []),
         details=details,
     )
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _empty_folder(folder: Path) -> Path:

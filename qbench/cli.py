@@ -1,4 +1,4 @@
-"""The command line: `python -m qbench`. Exit codes: 0 all well, 1 a cell failed, 2 misuse (one line says what to do)."""
+"""The command line: `python -m qbench`. Exit codes: 0 all well, 1 a cell failed, 2 misuse."""
 
 from __future__ import annotations
 
@@ -71,6 +71,9 @@ def _asks_hydra(arguments: argparse.Namespace) -> bool:
 def _hydra_main(given: list[str]) -> int:
     import hydra
 
+    from qbench.compose import close
+
+    close()
     sys.argv = ["qbench", *given]
     hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(lambda config: None)()
     return OK

@@ -35,6 +35,9 @@ class Composer:
         self.multirun = arguments.multirun or sweeps > 0
         self.config_dir: str | None = arguments.config_dir
         self._overrides = list(arguments.overrides)
+        for text in arguments.overrides:
+            if not _key(text):
+                raise UsageError(_not_understood(text))
         if sweeps > 1 or any("," in text for text in arguments.overrides if _key(text) == "sweep"):
             raise UsageError("one sweep at a time: run them one after the other, finished cells are not run again")
         with self._one_line_errors():
@@ -119,7 +122,7 @@ class Composer:
 
         text = f"{error} {error.__cause__ or ''}"
         if isinstance(error, OverrideParseException):
-            return f"{error.override!r} is not understood; write key=value, see python -m qbench --help"
+            return _not_understood(error.override)
         if found := re.search(r"Could not find '([\w/]+)/([^/']*)'", text):
             return self._unknown_choice(found[1], found[2])
         if found := re.search(r"(?:Could not override|Could not append[^']*) '([^']+)'", text):
@@ -200,6 +203,10 @@ def _groups() -> list[str]:
 
 def _known_keys() -> list[str]:
     return [*_groups(), *RECIPE_VALUES, *RUN_VALUES]
+
+
+def _not_understood(override: str) -> str:
+    return f"{override!r} is not understood; write key=value, see python -m qbench --help"
 
 
 def _hint(word: str, known: Sequence[str]) -> str:

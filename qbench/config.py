@@ -6,6 +6,7 @@ hydra is imported here and in qbench.compose only, inside functions: the import 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,11 @@ def instantiate(node: dict[str, Any]) -> Any:
     try:
         return hydra_instantiate(node, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, ImportError):
-            raise error.__cause__ from error
+        cause = error.__cause__
+        if isinstance(cause, TypeError) and _is_wrong_call(cause):
+            raise UsageError(f"_target_ {node['_target_']}: {one_line(cause)}") from error
+        if isinstance(cause, Exception) and not isinstance(cause, ImportError):
+            raise cause from error
         raise UsageError(f"_target_ {node.get('_target_')!r}: {one_line(error)}") from error
 
 
@@ -79,6 +83,11 @@ def measure_of(values: dict[str, Any]) -> Measure:
     except (TypeError, ValueError) as error:
         raise UsageError(one_line(error)) from error
     return settings
+
+
+def _is_wrong_call(error: TypeError) -> bool:
+    """Did a function refuse its arguments, before any line of it ran?"""
+    return re.search(r"\(\) (got an unexpected|missing \d+ required|takes \d+)", str(error)) is not None
 
 
 def one_line(error: object) -> str:

@@ -79,7 +79,7 @@ class _Writer:
 
     def constant(self, node: fx.Node) -> fx.Node:
         """A float constant, as it is."""
-        return self.hold(str(node.target), self.plan.network.tensors[node.target])  # type: ignore[index]
+        return self.hold(str(node.target), self.plan.network.tensors[node.target])
 
     def hold(self, name: str, tensor: Tensor) -> fx.Node:
         """A tensor of the program."""
@@ -113,7 +113,7 @@ class _Writer:
         """The codes of an operand, and how to read them; a constant is quantized here."""
         if node.op != "get_attr":
             return self.as_codes(node), self.plan.qparams[node.name]
-        tensor = self.plan.network.tensors[node.target]  # type: ignore[index]
+        tensor = self.plan.network.tensors[node.target]
         q = constant_qparams(tensor, self.plan.recipe)
         codes = quantize(tensor, q.scale, q.zero_point, q.q_min, q.q_max).to(torch.uint8)
         return self.hold(str(node.target), codes), q
@@ -130,7 +130,7 @@ class _Writer:
 def _layer(writer: _Writer, node: fx.Node) -> fx.Node:
     source, _, _, *window = node.args
     layer = writer.plan.layers[node.name]
-    x, q = writer.operand(source)  # type: ignore[arg-type]
+    x, q = writer.operand(source)
     prefix = node.meta["layer"] or node.name
     kwargs: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), window, strict=False))
     kwargs |= weight_arguments(writer.hold, prefix, layer.weight, layer.bias)
@@ -141,14 +141,16 @@ def _layer(writer: _Writer, node: fx.Node) -> fx.Node:
         kwargs |= writer.result(node)
     args: tuple[Any, ...] = (x,)
     if node.kwargs.get("residual") is not None:
-        residual, r = writer.operand(node.kwargs["residual"])  # type: ignore[arg-type]
+        residual, r = writer.operand(node.kwargs["residual"])
         args = (x, residual)
         kwargs |= {"residual_scale": r.scale, "residual_zero_point": r.zero_point}
     target = int8.linear.default if node.target is float_ops.linear else int8.conv.default
     return writer.call(node, target, args, **kwargs)
 
 
-def weight_arguments(hold: Callable[[str, Tensor], Any], prefix: str, weight: Any, bias: Tensor | None) -> dict[str, Any]:
+def weight_arguments(
+    hold: Callable[[str, Tensor], Any], prefix: str, weight: Any, bias: Tensor | None
+) -> dict[str, Any]:
     """The arguments of an operation that hold a quantized weight; a zero point that is zero everywhere is left out."""
     zero_point = hold(f"{prefix}.weight_zero_point", weight.zero_point) if bool(weight.zero_point.any()) else None
     return {
@@ -169,14 +171,14 @@ def _mul(writer: _Writer, node: fx.Node) -> fx.Node:
 
 
 def _binary(writer: _Writer, node: fx.Node, target: Any, **options: Any) -> fx.Node:
-    (a, qa), (b, qb) = (writer.operand(operand) for operand in node.args[:2])  # type: ignore[arg-type]
+    (a, qa), (b, qb) = (writer.operand(operand) for operand in node.args[:2])
     scales = {"a_scale": qa.scale, "a_zero_point": qa.zero_point, "b_scale": qb.scale, "b_zero_point": qb.zero_point}
     return writer.call(node, target, (a, b), **scales, **options, **writer.result(node))
 
 
 def _reduction(target: Any, *names: str) -> Callable[[_Writer, fx.Node], fx.Node]:
     def rule(writer: _Writer, node: fx.Node) -> fx.Node:
-        x, q = writer.operand(node.args[0])  # type: ignore[arg-type]
+        x, q = writer.operand(node.args[0])
         options = dict(zip(names, node.args[1:], strict=True))
         return writer.call(
             node, target, (x,), x_scale=q.scale, x_zero_point=q.zero_point, **options, **writer.result(node)
@@ -187,23 +189,25 @@ def _reduction(target: Any, *names: str) -> Callable[[_Writer, fx.Node], fx.Node
 
 def _channel_affine(writer: _Writer, node: fx.Node) -> fx.Node:
     """a_c = f32(gamma s_x / s_y), b_c = f32(beta / s_y): one multiply and one add for each element."""
-    x, q = writer.operand(node.args[0])  # type: ignore[arg-type]
+    x, q = writer.operand(node.args[0])
     y = writer.plan.qparams[node.name]
-    gamma, beta = (writer.plan.network.tensors[arg.target] for arg in node.args[1:3])  # type: ignore[union-attr,index]
+    gamma, beta = (writer.plan.network.tensors[arg.target] for arg in node.args[1:3])
     prefix = node.meta["layer"] or node.name
     held = {
         "gamma": writer.hold(f"{prefix}.gamma", (gamma * q.scale / y.scale).float()),
         "beta": writer.hold(f"{prefix}.beta", (beta / y.scale).float()),
     }
-    return writer.call(node, int8.channel_affine.default, (x,), x_zero_point=q.zero_point, **held, **writer.result(node))
+    return writer.call(
+        node, int8.channel_affine.default, (x,), x_zero_point=q.zero_point, **held, **writer.result(node)
+    )
 
 
 def _cat(writer: _Writer, node: fx.Node) -> fx.Node:
     """Codes of another scale or zero point are rescaled first."""
     y = writer.plan.qparams[node.name]
     parts = []
-    for source in node.args[0]:  # type: ignore[union-attr]
-        codes, q = writer.operand(source)  # type: ignore[arg-type]
+    for source in node.args[0]:
+        codes, q = writer.operand(source)
         if (q.scale, q.zero_point) != (y.scale, y.zero_point):
             read = {"x_scale": q.scale, "x_zero_point": q.zero_point}
             codes = writer.graph.call_function(int8.rescale.default, (codes,), read | asdict(y))
@@ -212,16 +216,16 @@ def _cat(writer: _Writer, node: fx.Node) -> fx.Node:
 
 
 def _clamp(writer: _Writer, node: fx.Node) -> fx.Node:
-    x, q = writer.operand(node.args[0])  # type: ignore[arg-type]
+    x, q = writer.operand(node.args[0])
     low, high = node.args[1:3]
-    bounds = q.narrowed(low, high)  # type: ignore[arg-type]
+    bounds = q.narrowed(low, high)
     return writer.call(node, int8.clamp.default, (x,), q_min=bounds.q_min, q_max=bounds.q_max)
 
 
 def _unary(writer: _Writer, node: fx.Node) -> fx.Node:
     source, function, arguments, options = node.args
-    x, q = writer.operand(source)  # type: ignore[arg-type]
-    entries = table(q, writer.plan.qparams[node.name], lambda v: function(v, *arguments, **options))  # type: ignore[operator,misc]
+    x, q = writer.operand(source)
+    entries = table(q, writer.plan.qparams[node.name], lambda v: function(v, *arguments, **options))
     return writer.call(node, int8.table.default, (x,), table=writer.hold(f"{node.name}.table", entries))
 
 

@@ -23,7 +23,12 @@ def bounded(y: Tensor, low: Bound, high: Bound) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, low: Bound = None, high: Bound = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    low: Bound = None,
+    high: Bound = None,
 ) -> Tensor:
     """x [..., inputs] times weight [outputs, inputs]."""
     y = torch.nn.functional.linear(x, weight, bias)
@@ -86,7 +91,7 @@ def average_pool(
 
 def adaptive_average_pool(x: Tensor, size: Sequence[int], low: Bound = None, high: Bound = None) -> Tensor:
     """Average pooling to a given size over one or two dimensions."""
-    pool = torch.nn.functional.adaptive_avg_pool1d if len(size) == 1 else torch.nn.functional.adaptive_avg_pool2d
+    pool = aten.adaptive_avg_pool1d if len(size) == 1 else aten.adaptive_avg_pool2d
     return bounded(pool(x, list(size)), low, high)
 
 

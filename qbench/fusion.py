@@ -19,7 +19,7 @@ from qbench.capture import Network, batch_norm_affine, free_name
 
 aten = torch.ops.aten
 
-CLAMPS = {
+CLAMPS: dict[Any, tuple[float | None, float | None] | None] = {
     aten.relu.default: (0.0, None),
     aten.relu6.default: (0.0, 6.0),
     aten.hardtanh.default: None,
@@ -248,7 +248,9 @@ def _batch_norm_arguments(fused: Network, full: dict[str, Any]) -> tuple[Any, ..
     assert mean is not None
     assert variance is not None
     nodes = []
-    for kind, tensor in zip(("gamma", "beta"), batch_norm_affine(weight, bias, mean, variance, full["eps"]), strict=True):
+    for kind, tensor in zip(
+        ("gamma", "beta"), batch_norm_affine(weight, bias, mean, variance, full["eps"]), strict=True
+    ):
         name = free_name(f"{held[2].target.removesuffix('.running_mean')}.{kind}", fused.tensors, shared=True)
         fused.tensors[name] = tensor
         nodes.append(fused.graph.get_attr(name))
@@ -256,8 +258,8 @@ def _batch_norm_arguments(fused: Network, full: dict[str, Any]) -> tuple[Any, ..
 
 
 def _bounds(target: Any, full: dict[str, Any]) -> tuple[float | None, float | None]:
-    if CLAMPS[target] is not None:
-        return CLAMPS[target]  # type: ignore[return-value]
+    if (fixed := CLAMPS[target]) is not None:
+        return fixed
     low, high = full.get("min_val", full.get("min")), full.get("max_val", full.get("max"))
     return None if low is None else float(low), None if high is None else float(high)
 
@@ -312,5 +314,3 @@ def _fuse_clamps(graph: fx.Graph) -> None:
 def _tighter(a: float | None, b: float | None, choose: Any) -> float | None:
     bounds = [bound for bound in (a, b) if bound is not None and not math.isinf(bound)]
     return choose(bounds) if bounds else None
-
-

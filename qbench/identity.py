@@ -39,7 +39,7 @@ def sha256_of(content: Any) -> str:
 def cell_hash(
     recipe: Mapping[str, Any], task: Mapping[str, Any], measure: Mapping[str, Any], prepared: Mapping[str, Any]
 ) -> str:
-    """What is asked. `recipe` is canonical, `task` the configuration, `prepared` carries the data's and weights' hashes."""
+    """What is asked. `recipe` is canonical, `task` the configuration, `prepared` has the data's and weights' hashes."""
     settings = {name: value for name, value in measure.items() if name not in NOT_ASKED}
     hashes = {name: prepared[name] for name in ("data_sha256", "weights_sha256")}
     return sha256_of({"recipe": recipe, "task": task, "measure": settings, **hashes})

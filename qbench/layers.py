@@ -61,7 +61,7 @@ def layer_table(network: Network, recipe: Recipe, model: QuantizedModel, inputs:
     macs = Macs()
     lowered = Recorder(lower_graph(model.program, model.backend, macs))
     lowered.run(*inputs)
-    kernels = {node.name: node.target for node in lowered.module.graph.nodes}  # type: ignore[union-attr]
+    kernels = {node.name: node.target for node in lowered.module.graph.nodes}
     layers = [node for node in model.program.graph.nodes if "weight_scale" in node.kwargs]
     rows = []
     for node, twin in zip(layers, float_layers, strict=True):
@@ -99,30 +99,34 @@ def _is_layer(node: fx.Node, kept: set[str]) -> bool:
     if node.target in LAYERS:
         return True
     return (
-        node.op == "call_function" and has_macs(node) and node.meta["layer"] not in kept and layer_call(node) is not None
+        node.op == "call_function"
+        and has_macs(node)
+        and node.meta["layer"] not in kept
+        and layer_call(node) is not None
     )
 
 
 def _alone(node: fx.Node, twin: fx.Node, kernel: Any, values: dict[str, Any]) -> Tensor:
     """The layer's result as float, its quantized form fed with the float network's own values."""
-    x = values[twin.args[0].name]  # type: ignore[union-attr]
+    x = values[twin.args[0].name]
     if "x_scale" not in node.kwargs:
-        return kernel(x)  # type: ignore[no-any-return]
+        result: Tensor = kernel(x)
+        return result
     activations = [_codes(x, node, "x")]
     if twin.kwargs.get("residual") is not None:
-        activations.append(_codes(values[twin.kwargs["residual"].name], node, "residual"))  # type: ignore[union-attr]
+        activations.append(_codes(values[twin.kwargs["residual"].name], node, "residual"))
     return _as_float(node, kernel(*activations))
 
 
 def _codes(x: Tensor, node: fx.Node, name: str) -> Tensor:
     scale, zero_point = node.kwargs[f"{name}_scale"], node.kwargs[f"{name}_zero_point"]
-    return numerics.quantize(x, scale, zero_point, 0, 255).to(torch.uint8)  # type: ignore[arg-type]
+    return numerics.quantize(x, scale, zero_point, 0, 255).to(torch.uint8)
 
 
 def _as_float(node: fx.Node, value: Tensor) -> Tensor:
     if value.is_floating_point():
         return value
-    return numerics.dequantize(value, node.kwargs["scale"], node.kwargs["zero_point"])  # type: ignore[arg-type]
+    return numerics.dequantize(value, node.kwargs["scale"], node.kwargs["zero_point"])
 
 
 def _codes_used(value: Tensor) -> float | None:
@@ -147,9 +151,9 @@ def _first(results: Any) -> Tensor:
 
 
 def _weight(model: QuantizedModel, node: fx.Node) -> Tensor:
-    return model.program.tensors[node.kwargs["weight"].target]  # type: ignore[union-attr,index]
+    return model.program.tensors[node.kwargs["weight"].target]
 
 
 def _held(model: QuantizedModel, node: fx.Node, name: str) -> int:
     value = node.kwargs[name]
-    return model.program.tensors[value.target].nbytes if isinstance(value, fx.Node) else 0  # type: ignore[index]
+    return model.program.tensors[value.target].nbytes if isinstance(value, fx.Node) else 0

@@ -77,9 +77,7 @@ def quantize(x: Tensor, scale: float | Tensor, zero_point: int | Tensor, q_min: 
     return saturate(torch.div(x, scale), zero_point, q_min, q_max)
 
 
-def saturate(
-    v: Tensor, zero_point: int | Tensor, q_min: int, q_max: int, dtype: torch.dtype = torch.int32
-) -> Tensor:
+def saturate(v: Tensor, zero_point: int | Tensor, q_min: int, q_max: int, dtype: torch.dtype = torch.int32) -> Tensor:
     """R(v) = int(min(max(rne(v), q_min - zero_point), q_max - zero_point)) + zero_point; NaN gives q_min."""
     offset = torch.as_tensor(zero_point, dtype=v.dtype)
     bounded = torch.fmax(torch.round(v), q_min - offset)  # fmax takes the number where the other one is NaN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Prepared:
     folder: str
     status: str = "ok"
     error: str | None = None
+    log: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ def plan(composer: Composer) -> list[Cell]:
 def cell_of(job: Job, config_dir: str | None) -> Cell:
     """The cell of one composed configuration. Raises UsageError for an impossible value."""
     recipe, measure = recipe_of(job.values), measure_of(job.values)
-    if "_target_" not in job.values["task"]:
-        raise UsageError(f"task={job.choices['task']}: its YAML lacks _target_, the function that returns the task")
+    _check_target(job)
 
     def question(asked: Recipe) -> str:
         settings = dataclasses.asdict(measure)
@@ -102,6 +103,16 @@ def cell_of(job: Job, config_dir: str | None) -> Cell:
         baseline=question(dataclasses.replace(recipe, method="fp32")),
         command=_command(job, recipe, config_dir),
     )
+
+
+def _check_target(job: Job) -> None:
+    """A task must name its function; whether the function exists is seen when it is imported, in a child."""
+    task, name = job.values["task"], job.choices["task"]
+    if not isinstance(task, dict) or not isinstance(task.get("_target_"), str):
+        raise UsageError(f"task={name}: its YAML lacks _target_, the function that returns the task")
+    module = task["_target_"].partition(".")[0]
+    if module != "tasks" and importlib.util.find_spec(module) is None:
+        raise UsageError(f"task={name}: no module {module!r} here or installed (_target_: {task['_target_']})")
 
 
 def identify(cells: list[Cell], prepared: Mapping[str, Prepared]) -> list[Cell]:

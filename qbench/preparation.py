@@ -44,7 +44,7 @@ def _prepare(cell: Cell, cache: Path, progress: Progress) -> Prepared:
         if error.misuse:
             raise UsageError(f"task={name}: {error}") from error
         status = "skipped" if UNAVAILABLE in error.types else "failed"
-        return Prepared(name, "unknown", "score", "none", "none", "", status, f"{error} (log: {log})")
+        return Prepared(name, "unknown", "score", "none", "none", "", status, str(error), str(log))
     prepared = Prepared(**facts)
     write_atomic(_memory(cell, cache), json.dumps(asdict(prepared)))
     return prepared

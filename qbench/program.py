@@ -115,7 +115,8 @@ def _value_kinds(graph: fx.Graph) -> dict[fx.Node, str]:
 
 def lower_graph(program: Program, backend: Backend, macs: Macs) -> fx.GraphModule:
     """The graph again, with a prepared kernel in the place of each int8 operation."""
-    graph, values, held = fx.Graph(), {}, {}
+    graph, held = fx.Graph(), {}
+    values: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if is_int8_op(node.target):
             values[node] = _kernel_node(graph, node, program.tensors, backend, macs, values)
@@ -139,12 +140,12 @@ def _kernel_node(
     macs: Macs,
     values: dict[fx.Node, fx.Node],
 ) -> fx.Node:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = node.target._schema.arguments
     given: dict[str, Any] = {a.name: a.default_value for a in schema} | dict(node.kwargs)
     given |= dict(zip([a.name for a in schema], node.args, strict=False))
     activations = [given[name] for name in ACTIVATIONS if name in given and given[name] is not None]
     constants = {
-        name: tensors[value.target] if isinstance(value, fx.Node) else value  # type: ignore[index]
+        name: tensors[value.target] if isinstance(value, fx.Node) else value
         for name, value in given.items()
         if name not in ACTIVATIONS
     }

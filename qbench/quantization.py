@@ -55,7 +55,9 @@ def calibration_batches(
     """The input tensors of each batch, checked. Raises ValueError that names the batch."""
     batches = [pytree.tree_leaves(batch) for batch in calibration or ()]
     if not batches:
-        raise ValueError(f"method {recipe.method.name} needs calibration data: pass calibration=, a list of input tuples")
+        raise ValueError(
+            f"method {recipe.method.name} needs calibration data: pass calibration=, a list of input tuples"
+        )
     for number, leaves in enumerate(batches):
         try:
             check_inputs(network.inputs, leaves)

@@ -179,7 +179,7 @@ def _decode(content: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
         raise ValueError("the number of inputs is not that of the program")
     (last,) = [node for node in graph.nodes if node.op == "output"]
     results = last.args[0]
-    structure.build(content["outputs"], list(results))  # type: ignore[arg-type]
+    structure.build(content["outputs"], list(results))
     return Program(graph, tensors, inputs, content["outputs"])
 
 
@@ -192,7 +192,8 @@ def _decode_input(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decode_graph(entries: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.Graph:
-    graph, nodes = fx.Graph(), []
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
 
     def decode(value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float | str):
@@ -224,6 +225,10 @@ def _decode_graph(entries: list[dict[str, Any]], tensors: dict[str, Tensor]) -> 
             raise ValueError(f"node {name}: {op} {target!r} is not of this format")
         nodes.append(graph.create_node(op, target, args, kwargs, name=name))
         nodes[-1].meta["layer"] = str(entry["layer"])
-    if not nodes or [node.op for node in nodes].index("output") != len(nodes) - 1 or not isinstance(nodes[-1].args[0], list | tuple):
+    if (
+        not nodes
+        or [node.op for node in nodes].index("output") != len(nodes) - 1
+        or not isinstance(nodes[-1].args[0], list | tuple)
+    ):
         raise ValueError("a program ends with one list of results")
     return graph

@@ -22,7 +22,7 @@ def layer_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor | None]:
     layer = plan.layers[node.name]
     bias = layer.bias
     if bias is not None and not bias.is_floating_point():
-        x_scale = plan.qparams[node.args[0].name].scale  # type: ignore[union-attr]
+        x_scale = plan.qparams[node.args[0].name].scale
         bias = (bias.double() * (layer.weight.scale.double()[:, 0] * x_scale)).float()
     return layer.weight.dequantize(), bias
 
@@ -51,19 +51,19 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Tenso
 
     def read(source: fx.Node) -> Tensor:
         if source.op == "get_attr":
-            constant = plan.network.tensors[source.target]  # type: ignore[index]
+            constant = plan.network.tensors[source.target]
             return fake_quantize(constant, constant_qparams(constant, plan.recipe))
         value = values[source.name]
         return value if plan.holds_codes(source) else fake_quantize(value, plan.qparams[source.name])
 
     args: tuple[Any, ...]
     if node.target in LAYERS:
-        args = (read(node.args[0]), *layer_parameters(plan, node), *node.args[3:])  # type: ignore[arg-type]
+        args = (read(node.args[0]), *layer_parameters(plan, node), *node.args[3:])
     elif node.target is float_ops.channel_affine:
-        args = (read(node.args[0]), *(plan.network.tensors[arg.target] for arg in node.args[1:3]))  # type: ignore[arg-type,union-attr,index]
+        args = (read(node.args[0]), *(plan.network.tensors[arg.target] for arg in node.args[1:3]))
     else:
-        args = fx.map_arg(node.args, read)  # type: ignore[assignment]
-    result: Tensor = node.target(*args, **fx.map_arg(node.kwargs, read))  # type: ignore[operator]
+        args = fx.map_arg(node.args, read)
+    result: Tensor = node.target(*args, **fx.map_arg(node.kwargs, read))
     if node.name in plan.accumulators:
         return result
     return fake_quantize(result, plan.qparams[node.name])

@@ -63,8 +63,8 @@ def _imports(node: ast.AST, package: str) -> Iterator[str]:
         yield base or package
         yield from (f"{base}.{alias.name}" for alias in node.names)  # an attribute is found to be no module later
     elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-        for child in node.orelse:
-            yield from _imports(child, package)
+        for branch in node.orelse:
+            yield from _imports(branch, package)
     else:
         for child in ast.iter_child_nodes(node):
             yield from _imports(child, package)

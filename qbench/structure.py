@@ -15,7 +15,9 @@ def describe(nested: Any) -> Structure:
         return {type(nested).__name__: [describe(item) for item in nested]}
     if isinstance(nested, dict) and all(isinstance(key, str) for key in nested):
         return {"dict": {key: describe(item) for key, item in nested.items()}}
-    raise ValueError(f"the network returns a {type(nested).__name__}; tensors in tuples, lists and dictionaries are known")
+    raise ValueError(
+        f"the network returns a {type(nested).__name__}; tensors in tuples, lists and dictionaries are known"
+    )
 
 
 def build(structure: Structure, leaves: list[Any]) -> Any:

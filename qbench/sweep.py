@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def run_sweep(composer: Composer) -> int:
         if options.dry_run:
             return list_cells(identify(cells, remembered_tasks(cells, options.results)), options)
         tracking.check_store(options.results)
-        cells = identify(cells, prepare_tasks(cells, options.results, Progress()))
+        with ThreadPoolExecutor(1) as aside:  # MLflow takes seconds to load: let it, while children prepare the tasks
+            store = aside.submit(tracking.prepare_store, options.results)
+            cells = identify(cells, prepare_tasks(cells, options.results, Progress()))
+            store.result()
         todo = [cell for cell in cells if options.force or not is_finished(cell, options)]
         try:
             announce(cells, todo)
@@ -83,9 +87,6 @@ def announce(cells: Sequence[Cell], todo: Sequence[Cell]) -> None:
 
 def run_cells(todo: Sequence[Cell], composer: Composer, options: Options) -> None:
     """Run cells through Hydra's launcher, all fp32 cells before those that are compared with them."""
-    if not todo:
-        return
-    tracking.prepare_store(options.results)
     run = RunCell({cell.job.overrides: number for number, cell in enumerate(todo)}, todo, options, os.getpid())
     baselines = sum(cell.is_baseline for cell in todo)
     for first, part in (0, todo[:baselines]), (baselines, todo[baselines:]):
@@ -143,15 +144,20 @@ def show(cells: Sequence[Cell], options: Options) -> int:
     print(report.table(records))
     print(f"mlflow ui --backend-store-uri {tracking.store_uri(options.results)}")
     print(tracking.deep_link(options.results, options.sweep))
-    failed = [record for record in records if record.status == "failed"]
+    return tell_failures([record for record in records if record.status == "failed"])
+
+
+def tell_failures(failed: Sequence[Record]) -> int:
+    """One line for each cell that failed by itself: why, where its log is, how to run it alone."""
     for record in failed:
-        print(f"qbench: {record.task}: {record.error}; again: {record.details['command']}", file=sys.stderr)
+        if not record.details.get("follows_from_fp32"):
+            more = f"log: {record.details['log']}; again: {record.details['command']}"
+            print(f"qbench: {record.cell_name} failed: {record.error}; {more}", file=sys.stderr)
     return MISUSE if any(record.details.get("misuse") for record in failed) else FAILED if failed else OK
 
 
 def log_missing(records: Sequence[Record], options: Options) -> None:
     """Bring the MLflow store up to the records: those that it lacks, and the saved view."""
-    tracking.prepare_store(options.results)
     logged = tracking.logged_keys(options.results, options.sweep)
     for record in records:
         if record.key not in logged:

@@ -20,7 +20,7 @@ POLL_S = 0.2
 
 @contextlib.contextmanager
 def machine(*, alone: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the machine, alone (for timing) or together with others (for everything else), waiting as long as it takes."""
+    """Hold the machine, alone (for timing) or with others (for all else); waits as long as it takes."""
     with _open() as handle:
         while not _take(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
             say("waiting for another qbench on this machine")

@@ -10,8 +10,8 @@ import functools
 import logging
 import os
 import re
+import shutil
 import sqlite3
-import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "qbench"
+UNFINISHED = ".mlflow-unfinished"
 _OURS = {"alembic_version", "experiments", "runs"}
 _CURE = "move it away; the next sweep builds a new one from the records"
 
@@ -92,6 +93,7 @@ def prepare_store(results: Path) -> None:
     """
     check_store(results)
     path = results / "mlflow.db"
+    shutil.rmtree(results / UNFINISHED, ignore_errors=True)  # of a process that was killed
     if _is_missing(path):
         _create(path)
     with one_line_errors(results):
@@ -100,13 +102,12 @@ def prepare_store(results: Path) -> None:
 
 def _create(path: Path) -> None:
     """Make the database beside its place and rename it: one that is killed half-way through is broken for good."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder:
-        new = Path(folder) / path.name
-        with one_line_errors(path.parent):
-            client_of(f"sqlite:///{new.resolve()}")
-        if _is_missing(path):
-            new.replace(path)
+    folder = path.parent / UNFINISHED
+    folder.mkdir(parents=True)
+    with one_line_errors(path.parent):
+        client_of(f"sqlite:///{(folder / path.name).resolve()}")
+    (folder / path.name).replace(path)
+    folder.rmdir()
 
 
 @contextlib.contextmanager

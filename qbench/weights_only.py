@@ -38,7 +38,8 @@ def dynamic_program(network: Network, recipe: Recipe) -> Program:
 
 def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[str, Any]) -> Program:
     kept = kept_layers(network, recipe.keep_float)
-    graph, tensors, values = fx.Graph(), dict(network.tensors), {}
+    graph, tensors = fx.Graph(), dict(network.tensors)
+    values: dict[fx.Node, fx.Node] = {}
 
     def hold(name: str, tensor: Tensor) -> fx.Node:
         tensors[name] = tensor
@@ -66,12 +67,18 @@ def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[s
 
 
 def _weight(
-    network: Network, node: fx.Node, weight_node: fx.Node, bias_node: fx.Node | None, recipe: Recipe, kind: str, hold: Any
+    network: Network,
+    node: fx.Node,
+    weight_node: fx.Node,
+    bias_node: fx.Node | None,
+    recipe: Recipe,
+    kind: str,
+    hold: Any,
 ) -> dict[str, Any]:
     layer = node.meta["layer"] or node.name
     try:
         weight = quantize_weight(
-            network.tensors[weight_node.target],  # type: ignore[index]
+            network.tensors[weight_node.target],
             recipe.granularity,
             recipe.scheme,
             recipe.group_size,
@@ -80,5 +87,5 @@ def _weight(
         raise ValueError(f"layer {layer}: {error}") from error
     if kind == "dynamic":
         check_accumulator(layer, weight, None)
-    bias = None if bias_node is None else network.tensors[bias_node.target]  # type: ignore[index]
+    bias = None if bias_node is None else network.tensors[bias_node.target]
     return weight_arguments(hold, layer, weight, bias)

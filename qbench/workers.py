@@ -1,7 +1,7 @@
 """Child processes: each stage of a cell runs in a fresh one, from a fork server that has torch loaded (0.16 s a child).
 
-A child is a session of its own process group, writes what it prints to a log file, answers with JSON through a pipe, and
-dies with its parent. The parent sleeps while it waits. Whatever happens to a child becomes one WorkerError.
+A child has its own process group, writes what it prints to a log file, answers with JSON through a pipe, and dies with
+its parent. The parent sleeps while it waits. Whatever happens to a child becomes one WorkerError.
 """
 
 from __future__ import annotations
@@ -58,12 +58,20 @@ def _context() -> multiprocessing.context.ForkServerContext:
 def warm_up() -> None:
     """Start the fork server, which loads torch while the caller goes on."""
     _context()
-    forkserver.ensure_running()
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11 does not tell it where modules are found
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def stop() -> None:
     """End the fork server, which would otherwise finish loading torch before it sees that nobody needs it."""
-    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if pid is not None:
         os.kill(pid, signal.SIGKILL)
 
@@ -77,6 +85,7 @@ def run(
     last one again every TICK_S. Raises WorkerError for an exception, a crash or a time-out in the child.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    warm_up()
     receiver, sender = _context().Pipe(duplex=False)
     child = _context().Process(target=_serve, args=(sender, str(log), function, json.dumps(arguments)))
     with receiver:
@@ -169,8 +178,8 @@ def _redirect_output(log: str) -> None:
     os.dup2(file, 2)
     os.close(file)
     # The fork server has Python's own stdout and stderr; make them write line by line to the log.
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115, PTH123
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115, PTH123
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     faulthandler.enable(file=2)
 
 

@@ -290,6 +290,8 @@ def test_a_folder_where_the_store_should_be(tmp_path):
 
 def test_an_empty_file_becomes_a_store(tmp_path):
     (tmp_path / "mlflow.db").touch()
+    (tmp_path / ".mlflow-unfinished").mkdir()  # left by a process that was killed while it made the store
+    (tmp_path / ".mlflow-unfinished" / "mlflow.db").write_text("half a database")
     tracking.prepare_store(tmp_path)
     assert tracking.log(FAILED, tmp_path, "all")
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]

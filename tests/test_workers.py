@@ -127,7 +127,7 @@ def test_a_time_out_ends_the_child(tmp_path):
 
 
 def test_an_error_raised_on_purpose_is_misuse(tmp_path):
-    with pytest.raises(WorkerError, match="^group_size=0: give a whole number") as caught:
+    with pytest.raises(WorkerError, match=r"^group_size=0: give a whole number") as caught:
         run(misused, tmp_path)
     assert caught.value.misuse
     assert "ValueError" in caught.value.types

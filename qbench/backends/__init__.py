@@ -43,4 +43,4 @@ class reference:
         """See Backend."""
         from qbench.backends.reference_kernels import make
 
-        return make(node.target._schema.name.split("::")[1], constants, macs)  # type: ignore[union-attr]
+        return make(node.target._schema.name.split("::")[1], constants, macs)

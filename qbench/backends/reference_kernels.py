@@ -11,6 +11,7 @@ convolutions (inexact above 2^24) and torch._int_mm (saturates on some CPUs) wou
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from qbench.schemes import UINT8_MIDDLE
 
 if TYPE_CHECKING:
     from qbench.program import Macs
+
+aten = torch.ops.aten
 
 Kernel = Callable[..., Tensor]
 Constants = dict[str, Any]
@@ -147,12 +150,13 @@ def _static(sums: Sums, c: Constants) -> Kernel:
     residual_multiplier = multiplier(c["residual_scale"], 1.0, y_scale)
     bias, requantize = c["bias"], _requantizer(c)
     on_grid = bias is not None and not bias.is_floating_point()
-    start = None if bias is None else sums.by_output(bias.double() if on_grid else (bias.double() / y_scale).float())
+    grid_bias = sums.by_output(bias.double()) if on_grid else None
+    start = None if bias is None or on_grid else sums.by_output((bias.double() / y_scale).float())
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        total = None if on_grid else start
+        total = start
         for acc, m in zip(sums(_shifted(x, c["x_zero_point"])), multipliers, strict=True):
-            term = (acc + start if on_grid else acc).float() * m
+            term = (acc if grid_bias is None else acc + grid_bias).float() * m
             total = term if total is None else total + term
         assert total is not None
         if residual is not None:
@@ -180,9 +184,7 @@ def _dynamic(sums: Sums, c: Constants) -> Kernel:
             acc.float() * (scale * weight_scale)
             for acc, weight_scale in zip(sums((q - zero_point).double()), weight_scales, strict=True)
         )
-        total = next(terms)
-        for term in terms:
-            total = total + term
+        total: Tensor = functools.reduce(torch.add, terms)
         return total if bias is None else total + bias
 
     return run
@@ -224,9 +226,7 @@ def _add(c: Constants, macs: Macs) -> Kernel:
     m_a = multiplier(c["a_scale"], 1.0, c["scale"])
     m_b = multiplier(c["b_scale"], c["alpha"], c["scale"])
     a_zero, b_zero, requantize = c["a_zero_point"], c["b_zero_point"], _requantizer(c)
-    return lambda a, b: requantize(
-        _shifted(a, a_zero, torch.float32) * m_a + _shifted(b, b_zero, torch.float32) * m_b
-    )
+    return lambda a, b: requantize(_shifted(a, a_zero, torch.float32) * m_a + _shifted(b, b_zero, torch.float32) * m_b)
 
 
 def _mul(c: Constants, macs: Macs) -> Kernel:
@@ -259,7 +259,8 @@ def _average_pool(c: Constants, macs: Macs) -> Kernel:
     window = [[fill] * flat + c[name] for name, fill in (("kernel", 1), ("stride", 1), ("padding", 0))]
 
     def pool(x: Tensor, divisor: int | None) -> Tensor:
-        return functional.avg_pool2d(x, *window, c["ceil_mode"], c["count_include_pad"], divisor)
+        y: Tensor = aten.avg_pool2d(x, *window, c["ceil_mode"], c["count_include_pad"], divisor)
+        return y
 
     def run(x: Tensor) -> Tensor:
         x = x.unsqueeze(-2) if flat else x
@@ -281,7 +282,7 @@ def _adaptive_average_pool(c: Constants, macs: Macs) -> Kernel:
         sizes = [length if size is None else size for size, length in zip(c["size"], lengths, strict=True)]
         per_axis = [counts(length, size) for length, size in zip(lengths, sizes, strict=True)]
         count = per_axis[0] if len(per_axis) == 1 else per_axis[0][:, None] * per_axis[1]
-        pool = functional.adaptive_avg_pool1d if len(sizes) == 1 else functional.adaptive_avg_pool2d
+        pool = aten.adaptive_avg_pool1d if len(sizes) == 1 else aten.adaptive_avg_pool2d
         total = (pool(_shifted(x, c["x_zero_point"]), sizes) * count).round()  # exact: a sum of integers below 2^53
         return _averaged(c, total, count)
 
