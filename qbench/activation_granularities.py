@@ -18,7 +18,7 @@ class ActivationGranularity(Protocol):
 
 @dataclass(frozen=True)
 class per_row:
-    """One (scale, zero point) for each vector that meets the weight: each row of a linear, each sample of a convolution."""
+    """One scale for each vector that meets the weight: each row of a linear layer, each sample of a convolution."""
 
     name: ClassVar[str] = "per_row"
     label: ClassVar[str] = "row"

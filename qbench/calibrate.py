@@ -42,7 +42,7 @@ INTEGER = {
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The quantized parameters of a layer: `bias` is int32 on the accumulator's grid, or float32 with several blocks."""
+    """The quantized parameters of a layer; `bias` is int32 on the accumulator's grid, float32 with several blocks."""
 
     weight: QWeight
     bias: Tensor | None
@@ -52,9 +52,9 @@ class LayerWeights:
 class Plan:
     """A fused network with everything that quantizing it needs.
 
-    `qparams` tells how the value of a node reads as codes, `layers` the quantized parameters of the layers, both by node
-    name; `accumulators` names the layers that hand over their float accumulator. The simulation and the int8 program are
-    made from the same plan.
+    `qparams` tells how the value of a node reads as codes, `layers` the quantized parameters of the layers, both by
+    node name; `accumulators` names the layers that hand over their float accumulator. The simulation and the int8
+    program are made from the same plan.
     """
 
     network: Network

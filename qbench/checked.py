@@ -41,7 +41,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "Tensor": lambda v: isinstance(v, fx.Node),
     "Optional[Tensor]": lambda v: v is None or isinstance(v, fx.Node),
     "float": lambda v: isinstance(v, float) and math.isfinite(v),
-    "Optional[float]": lambda v: v is None or isinstance(v, float) and math.isfinite(v),
+    "Optional[float]": lambda v: v is None or (isinstance(v, float) and math.isfinite(v)),
     "int": lambda v: type(v) is int,
     "Optional[int]": lambda v: v is None or type(v) is int,
     "List[int]": lambda v: isinstance(v, list | tuple) and all(type(item) is int for item in v),

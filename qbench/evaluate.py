@@ -23,8 +23,8 @@ from qbench.identity import sha256_of
 from qbench.measure import Measure
 from qbench.model import QuantizedModel
 from qbench.quantization import quantize_network
-from qbench.record import write_atomic
 from qbench.recipe import AXES, Recipe
+from qbench.record import write_atomic
 from qbench.saved import dump, load
 from qbench.sources import closure, modules_of_targets
 from qbench.task import Examples, Task
@@ -40,8 +40,8 @@ BATCH = 250  # examples a forward pass when the fp32 outputs are taken
 def prepare(task_config: dict[str, Any], cache: str, say: Say) -> dict[str, Any]:
     """Make the task ready: weights trained (on first use) or verified, data hashed, fp32 outputs taken.
 
-    Returns what identifies it: name, family, metric, weights_sha256, data_sha256, folder. Raises ValueError for a damaged
-    cache and TaskUnavailable when the task cannot be had here.
+    Returns what identifies it: name, family, metric, weights_sha256, data_sha256, folder. Raises ValueError for a
+    damaged cache and TaskUnavailable when the task cannot be had here.
     """
     task: Task = instantiate(task_config)
     folder = Path(cache) / sha256_of([task_config, _task_sources(task_config)])

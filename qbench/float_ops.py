@@ -96,7 +96,7 @@ def adaptive_average_pool(x: Tensor, size: Sequence[int], low: Bound = None, hig
 
 
 def channel_affine(x: Tensor, gamma: Tensor, beta: Tensor, low: Bound = None, high: Bound = None) -> Tensor:
-    """x * gamma + beta by channel (dimension 1): a batch norm that no layer could take. gamma, beta float64 [channels]."""
+    """x * gamma + beta by channel (dimension 1), a batch norm that no layer could take; float64 [channels] both."""
     shape = (1, -1, *[1] * (x.dim() - 2))
     return bounded((x.double() * gamma.reshape(shape) + beta.reshape(shape)).float(), low, high)
 

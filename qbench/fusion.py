@@ -1,7 +1,7 @@
 """Fusion, decided once and before any backend: a layer, its residual and its clamp become one node.
 
-`fuse` rewrites a normalized network into calls of `float_ops`; what has no integer form keeps its aten call and stays in
-float. Pure moves of data (reshape, max-pool, ...) keep their aten call too: they work on codes as they are.
+`fuse` rewrites a normalized network into calls of `float_ops`; what has no integer form keeps its aten call and stays
+in float. Pure moves of data (reshape, max-pool, ...) keep their aten call too: they work on codes as they are.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ MOVES = {
 }
 MAC_OPS = {
     "linear", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-    "mm", "bmm", "addmm", "addbmm", "baddbmm", "matmul", "mv", "dot", "einsum", "bilinear", "scaled_dot_product_attention",
-    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "embedding_bag", "tensordot",
+    "mm", "bmm", "addmm", "addbmm", "baddbmm", "matmul", "mv", "dot", "einsum", "bilinear",
+    "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell",
+    "embedding_bag", "tensordot",
 }  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def has_macs(node: fx.Node) -> bool:
 
 
 def kept_layers(network: Network, patterns: tuple[str, ...]) -> set[str]:
-    """The layers that stay in float. Raises ValueError for a pattern that matches none, naming the layers there are."""
+    """The layers that stay in float. Raises ValueError for a pattern that matches none of the layers."""
     layers = [node.meta["layer"] for node in network.graph.nodes if has_macs(node)]
     for pattern in patterns:
         if not fnmatch.filter(layers, pattern):
@@ -111,7 +112,7 @@ def kept_layers(network: Network, patterns: tuple[str, ...]) -> set[str]:
 
 
 def refuse_float_macs(graph: fx.Graph, kept: set[str]) -> None:
-    """Raise ValueError for a node with multiply-accumulates that would run in float without being named in keep_float."""
+    """Raise ValueError for a node that would multiply and accumulate in float without being named in keep_float."""
     for node in graph.nodes:
         if has_macs(node) and node.meta["layer"] not in kept:
             raise ValueError(

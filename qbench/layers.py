@@ -23,8 +23,8 @@ from qbench.recipe import Recipe
 class LayerRow:
     """One layer of a quantized network. The codes used are shares of 256; None where the method has no codes there.
 
-    `sqnr_alone_db`: of the network's output with only this layer quantized. `sqnr_in_place_db`: of the layer's own output
-    in the quantized network. Both against float on the same inputs, None when there is no difference.
+    `sqnr_alone_db`: of the network's output with only this layer quantized. `sqnr_in_place_db`: of the layer's own
+    output in the quantized network. Both against float on the same inputs, None when there is no difference.
     """
 
     layer: str

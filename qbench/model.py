@@ -68,7 +68,10 @@ class QuantizedModel:
         return str(self.graph_module.code)
 
     def save(self, path: str | Path) -> None:
-        """Write a `.qb` file, atomically; the same model gives the same bytes. Raises ValueError when it cannot be saved."""
+        """Write a `.qb` file, atomically; the same model gives the same bytes.
+
+        Raises ValueError for a program with a call that a file cannot hold.
+        """
         from qbench.saved import dump
 
         write_atomic(Path(path), dump(self))

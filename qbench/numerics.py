@@ -44,8 +44,8 @@ class QParams:
 class QWeight:
     """An int8 weight: real = scale * (q - zero_point), over [outputs, inputs, taps].
 
-    `values` int8 of the float weight's shape; `scale` float32 and `zero_point` int8, both [outputs or 1, blocks], a block
-    being `block` consecutive inputs.
+    `values` int8 of the float weight's shape; `scale` float32 and `zero_point` int8, both [outputs or 1, blocks], a
+    block being `block` consecutive inputs.
     """
 
     values: Tensor

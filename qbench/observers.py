@@ -1,8 +1,8 @@
 """How the range of an activation is chosen from calibration data (ptsq).
 
-Calibration runs in one or two passes. In the first every tensor's extent (minimum, maximum, count) is taken; an observer
-that needs it then makes a tally of the second. A tally sees integer counts and order statistics only, so the result does
-not depend on how the samples are batched; `moving_average` is defined by batches and is the exception.
+Calibration runs in one or two passes. In the first every tensor's extent (minimum, maximum, count) is taken; an
+observer that needs it then makes a tally of the second. A tally sees integer counts and order statistics only, so the
+result does not depend on how the samples are batched; `moving_average` is defined by batches and is the exception.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ class _Divergence(_Histogram):
         return self.clipped(min(candidates, key=lambda step: self._divergence(counts, centers, step / 128)) / 128)
 
     def _divergence(self, counts: Tensor, centers: Tensor, ratio: float) -> float:
-        """KL(P || Q): P has the clipped mass in its outermost bins, Q spreads each code's count over its filled bins."""
+        """KL(P || Q): P has the clipped mass in its outermost bins, Q spreads a code's count over its filled bins."""
         lo, hi = self.clipped(ratio)
         inside = (centers >= lo) & (centers <= hi)
         if not bool(inside.any()):

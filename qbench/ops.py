@@ -1,7 +1,7 @@
 """The operations of an int8 program, declared once: name and signature, no arithmetic.
 
-They are torch operators of the namespace `qbench`, so that a program is an ordinary fx graph, its printed code names them
-and a file can be checked against their schemas. Backends execute them; the arithmetic is section 3 of the design.
+They are torch operators of the namespace `qbench`, so that a program is an ordinary fx graph, its printed code names
+them and a file can be checked against their schemas. Backends execute them; the arithmetic is section 3 of the design.
 
 Activations (`x`, `a`, `b`, `residual`) are uint8 tensors with scale and zero point as numbers. A weight is int8, of the
 float weight's shape, with scales (float32) and zero points (int8, absent when all are zero) [outputs or 1, blocks], a

@@ -69,7 +69,7 @@ class Program:
 
     @property
     def float_ops(self) -> list[str]:
-        """The calls that compute in float, by node: everything that is neither an int8 operation nor a move of codes."""
+        """The calls that compute in float, by node: neither int8 operations nor moves of codes."""
         kinds = _value_kinds(self.graph)
         return [
             f"{node.name}: {node.target}"
@@ -106,7 +106,8 @@ def _value_kinds(graph: fx.Graph) -> dict[fx.Node, str]:
             kinds[node] = "float" if leaves_float else "codes"
         elif node.op == "call_function":
             inputs = {kinds[source] for source in node.all_input_nodes if source.op != "get_attr"} - {"number"}
-            sized = "sym_size" in str(node.target) or not isinstance(node.target, torch._ops.OpOverload) and not inputs
+            arithmetic = not isinstance(node.target, torch._ops.OpOverload) and not inputs
+            sized = arithmetic or "sym_size" in str(node.target)
             kinds[node] = "number" if sized else "codes" if inputs == {"codes"} else "float"
         else:
             kinds[node] = "constant"

@@ -27,8 +27,8 @@ def quantize(
 ) -> QuantizedModel:
     """Quantize a float model; the model itself is not changed.
 
-    `example_inputs`: a tuple of tensors (nested allowed), dimension 0 the batch. `calibration`: tuples of the same form,
-    for methods that need them (ptsq). `backend` overrides the recipe's. `dynamic_shapes` is passed to torch.export.
+    `example_inputs`: a tuple of tensors (nested allowed), dimension 0 the batch. `calibration`: tuples of the same
+    form, for methods that need them (ptsq). `backend` overrides the recipe's. `dynamic_shapes` goes to torch.export.
 
     Raises CaptureError when torch.export cannot capture the model, ValueError for calibration that is missing, of the
     wrong shape or not finite, for weights that are not finite, and for a layer that has no int8 form.

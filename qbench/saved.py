@@ -35,11 +35,12 @@ SIZE_OPERATORS = {
 }
 # aten calls that torch tags neither core nor pointwise, all of which check their arguments
 FURTHER_CALLS = {
-    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool1d", "batch_norm", "channel_shuffle", "chunk", "conv1d", "conv2d",
-    "conv3d", "conv_transpose1d", "conv_transpose2d", "flatten", "group_norm", "instance_norm", "layer_norm", "linear",
-    "matmul", "max_pool1d", "max_pool2d", "narrow", "pad", "pixel_unshuffle", "repeat_interleave", "reshape", "roll",
-    "softmax", "stack", "sym_size", "t", "transpose", "unbind", "unflatten", "upsample_nearest1d", "upsample_nearest2d",
-    "hardswish", "upsample_bilinear2d", "unsafe_split", "contiguous", "log_softmax", "scaled_dot_product_attention",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool1d", "batch_norm", "channel_shuffle", "chunk", "conv1d",
+    "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "flatten", "group_norm", "instance_norm", "layer_norm",
+    "linear", "matmul", "max_pool1d", "max_pool2d", "narrow", "pad", "pixel_unshuffle", "repeat_interleave", "reshape",
+    "roll", "softmax", "stack", "sym_size", "t", "transpose", "unbind", "unflatten", "upsample_nearest1d",
+    "upsample_nearest2d", "hardswish", "upsample_bilinear2d", "unsafe_split", "contiguous", "log_softmax",
+    "scaled_dot_product_attention",
 }  # fmt: skip
 REFUSED_CALLS = {"as_strided", "from_file", "empty", "empty_strided", "resize"}
 

@@ -28,7 +28,7 @@ def layer_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor | None]:
 
 
 class Simulation(fx.Interpreter):
-    """Runs a plan's fused network in float32 with fake-quantized values and parameters; `run(*inputs)` as an Interpreter.
+    """Runs a plan's fused network in float32 with fake-quantized values and parameters: `run(*inputs)`.
 
     Each fused node is computed once and rounded once, as the int8 program does; only the sums are float32.
     """

@@ -21,7 +21,7 @@ def describe(nested: Any) -> Structure:
 
 
 def build(structure: Structure, leaves: list[Any]) -> Any:
-    """Put the leaves back in place. Raises ValueError for a structure that is none, or names a leaf that is not there."""
+    """Put the leaves back in place. Raises ValueError for a structure that is none, or names a missing leaf."""
     if isinstance(structure, int) and not isinstance(structure, bool):
         if not 0 <= structure < len(leaves):
             raise ValueError(f"result {structure} of {len(leaves)}")

@@ -48,9 +48,9 @@ class Examples:
 class Task:
     """What a task's `_target_` returns.
 
-    `build` makes the network (seeded, so that the same call makes the same weights). `train`, if given, trains it in place
-    on first use, saying how far it is through its second argument, `say(text)`; qbench caches the result. Without it
-    `build` returns the final weights. `calibration` returns batches (tuples of tensors) which are never evaluation
+    `build` makes the network (seeded, so that the same call makes the same weights). `train`, if given, trains it in
+    place on first use, saying how far it is through its second argument, `say(text)`; qbench caches the result. Without
+    it `build` returns the final weights. `calibration` returns batches (tuples of tensors) which are never evaluation
     examples. Nothing is loaded or computed before one of the functions is called.
     """
 

@@ -1,7 +1,7 @@
 """The specification, executed: integer sums as exact float64 matrix products, every float32 step rounded on its own.
 
-A float64 holds every integer below 2^53, so these sums are exact whatever the order, the thread count or the CPU; float32
-convolutions (inexact above 2^24) and torch._int_mm (saturates on some CPUs) would not be. Numbered as in the design:
+A float64 holds every integer below 2^53, so these sums are exact whatever the order, the thread count or the CPU;
+float32 convolutions (inexact above 2^24) and torch._int_mm (saturates on some CPUs) would not be.
 
     (1) layer         R(f32(acc) * m [+ f32(q_r - z_r) * m_r]),  m = f32(s_x s_w / s_y), m_r = f32(s_r / s_y)
     (2) in blocks     t = f32(b / s_y);  t = t + f32(acc_g) * m_g  for each block g;  R(t)
@@ -76,7 +76,7 @@ class _LinearSums:
 
 
 class _ConvSums:
-    """acc[n, o, ...] = the convolution of x [n, c, ...] with w [o, c / groups, ...], one tensor for each block of inputs."""
+    """acc[n, o, ...] = x [n, c, ...] convolved with w [o, c / groups, ...], one tensor for each block of inputs."""
 
     def __init__(self, c: Constants, macs: Macs) -> None:
         self.flat = c["weight"].dim() == 3  # one dimension is computed as two, the first of size 1
@@ -98,7 +98,7 @@ class _ConvSums:
             yield sums.squeeze(2) if self.flat else sums
 
     def _windows(self, x: Tensor) -> Tensor:
-        """A view [n, c, oh, ow, kh, kw] of the padded input; x is centred, so padding with zero is with the zero point."""
+        """A view [n, c, oh, ow, kh, kw] of the padded input; x is centred: zero is the zero point."""
         (ph, pw), (sh, sw), (dh, dw) = self.padding, self.stride, self.dilation
         x = functional.pad(x, (pw, pw, ph, ph))
         kh, kw = self.weight.shape[2:]
