@@ -13,6 +13,8 @@ from typing import Any
 
 SCHEMA = 1
 STATUSES = ("ok", "failed", "skipped")
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # the only way to read it
 
 
 class RecordError(ValueError):
@@ -97,6 +99,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            os.fchmod(handle, 0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
