@@ -28,7 +28,8 @@ from qbench.recipe import option
 
 FORMAT = 1
 KEY = "qbench"
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,300}")
+NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,300}")
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+){0,50}")
 DTYPES = ("float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
 SIZE_OPERATORS = {
     f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
@@ -40,9 +41,15 @@ FURTHER_CALLS = {
     "linear", "matmul", "max_pool1d", "max_pool2d", "narrow", "pad", "pixel_unshuffle", "repeat_interleave", "reshape",
     "roll", "softmax", "stack", "sym_size", "t", "transpose", "unbind", "unflatten", "upsample_nearest1d",
     "upsample_nearest2d", "hardswish", "upsample_bilinear2d", "unsafe_split", "contiguous", "log_softmax",
-    "scaled_dot_product_attention",
+    "scaled_dot_product_attention", "adaptive_max_pool1d", "einsum", "expand_as", "glu", "linalg_vector_norm",
+    "max_pool3d", "movedim", "pixel_shuffle", "prelu", "rms_norm", "split", "squeeze", "std", "sum", "swapaxes", "tile",
+    "to", "type_as", "upsample_bicubic2d", "view_as", "where",
 }  # fmt: skip
-REFUSED_CALLS = {"as_strided", "from_file", "empty", "empty_strided", "resize"}
+# core, but they trust indices or lengths among their arguments, or leave memory as it was
+REFUSED_CALLS = {
+    "as_strided", "from_file", "empty", "empty_strided", "resize", "_embedding_bag", "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+}  # fmt: skip
 
 
 class SavedModelError(ValueError):
@@ -160,7 +167,8 @@ def find_target(name: str) -> Any:
         raise ValueError(f"unknown operation {name!r}")
     assert match is not None
     safe = {torch.Tag.core, torch.Tag.pointwise} & set(target.tags) or match[2] in FURTHER_CALLS
-    if match[1] == "aten" and (not safe or match[2] in REFUSED_CALLS or target._schema.is_mutable):
+    refused = match[2] in REFUSED_CALLS or match[2].endswith("_backward") or target._schema.is_mutable
+    if match[1] == "aten" and (not safe or refused):
         raise ValueError(f"operation {name!r} is not one that a saved program may call")
     return target
 
@@ -215,14 +223,14 @@ def _decode_graph(entries: list[dict[str, Any]], tensors: dict[str, Tensor]) -> 
     for entry in entries:
         op, name, target = entry["op"], entry["name"], entry["target"]
         args, kwargs = tuple(decode(arg) for arg in entry["args"]), {k: decode(v) for k, v in entry["kwargs"].items()}
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+        if not isinstance(name, str) or not NODE_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a node")
         if op == "call_function":
             target = find_target(target)
             check_call(target, args, kwargs, tensors)
         elif op == "get_attr" and target not in tensors:
             raise ValueError(f"tensor {target!r} is not in the file")
-        elif op not in ("placeholder", "get_attr", "output") or not NAME.fullmatch(str(target)):
+        elif op not in ("placeholder", "get_attr", "output") or not TENSOR_NAME.fullmatch(str(target)):
             raise ValueError(f"node {name}: {op} {target!r} is not of this format")
         nodes.append(graph.create_node(op, target, args, kwargs, name=name))
         nodes[-1].meta["layer"] = str(entry["layer"])
