@@ -5,7 +5,8 @@ them and a file can be checked against their schemas. Backends execute them; the
 
 Activations (`x`, `a`, `b`, `residual`) are uint8 tensors with scale and zero point as numbers. A weight is int8, of the
 float weight's shape, with scales (float32) and zero points (int8, absent when all are zero) [outputs or 1, blocks], a
-block being `block` consecutive inputs. `scale=None` leaves the float32 accumulator.
+block being `block` consecutive inputs. `scale=None` leaves the float32 accumulator,
+clamped to [low, high] where there are bounds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 _STATIC = (
     f"{_WEIGHT}, float x_scale, int x_zero_point, float? scale, int zero_point, int q_min, int q_max, "
-    f"float residual_scale=1.0, int residual_zero_point=0"
+    f"float residual_scale=1.0, int residual_zero_point=0, float? low=None, float? high=None"
 )
 _DYNAMIC = f"{_WEIGHT}, str rows, str scheme"
 

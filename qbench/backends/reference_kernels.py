@@ -44,6 +44,12 @@ def _requantizer(c: Constants) -> Callable[[Tensor], Tensor]:
     return lambda v: saturate(v, c["zero_point"], c["q_min"], c["q_max"], torch.uint8)
 
 
+def _clamped(c: Constants) -> Callable[[Tensor], Tensor]:
+    """The clamp of a float result, where the activation has no codes to narrow."""
+    bounds = c["low"], c["high"]
+    return (lambda v: v) if bounds == (None, None) else lambda v: v.clamp(*bounds)
+
+
 # --- integer sums ----------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +154,7 @@ def _static(sums: Sums, c: Constants) -> Kernel:
     y_scale = 1.0 if c["scale"] is None else c["scale"]
     multipliers = [sums.by_output(m) for m in multiplier(c["x_scale"], c["weight_scale"], y_scale).unbind(1)]
     residual_multiplier = multiplier(c["residual_scale"], 1.0, y_scale)
-    bias, requantize = c["bias"], _requantizer(c)
+    bias, finish = c["bias"], _clamped(c) if c["scale"] is None else _requantizer(c)
     on_grid = bias is not None and not bias.is_floating_point()
     grid_bias = sums.by_output(bias.double()) if on_grid else None
     start = None if bias is None or on_grid else sums.by_output((bias.double() / y_scale).float())
@@ -161,7 +167,7 @@ def _static(sums: Sums, c: Constants) -> Kernel:
         assert total is not None
         if residual is not None:
             total = total + _shifted(residual, c["residual_zero_point"], torch.float32) * residual_multiplier
-        return total if c["scale"] is None else requantize(total)
+        return finish(total)
 
     return run
 
