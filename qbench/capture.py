@@ -1,4 +1,4 @@
-"""From a model to a normalized network: torch.export, batch norms folded, identities dropped."""
+"""From a model to a network: torch.export, then `normalize`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,8 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from qbench.normalize import normalize
 from qbench.structure import Structure, describe
-
-aten = torch.ops.aten
-
-IDENTITIES = {
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.dropout.default,
-    aten.lift_fresh_copy.default,
-}
-FOLDABLE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 
 
 class CaptureError(ValueError):
@@ -78,12 +67,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise CaptureError("example_inputs must be a tuple of tensors (nested allowed)")
     network = _trace(model, example_inputs, leaves, dynamic_shapes)
-    _drop_identities(network.graph)
-    _fold_batch_norms(network)
-    network.graph.eliminate_dead_code()
-    used = {node.target for node in network.graph.nodes if node.op == "get_attr"}
-    network.tensors = {name: tensor for name, tensor in network.tensors.items() if name in used}
-    network.graph.lint()
+    normalize(network)
     return network
 
 
@@ -156,74 +140,3 @@ def _layer(node: fx.Node) -> str:
     """The name of the module that the node comes from, `` for the model itself."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""
-
-
-def _drop_identities(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default  # a view may have relied on a copy that is dropped here
-        if node.target in IDENTITIES:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-
-
-def _fold_batch_norms(network: Network) -> None:
-    """Fold each batch norm that directly follows a layer into it; leave the others as aten.batch_norm."""
-    for node in list(network.graph.nodes):
-        if node.target is not aten._native_batch_norm_legit_no_training.default:
-            continue
-        (result,) = [user for user in node.users if user.args[1] == 0] or [None]
-        if result is None:
-            continue
-        before = node.args[0]
-        gamma, beta = _affine(network, node)
-        if before.target in FOLDABLE and len(before.users) == 1 and before.args[1].op == "get_attr":
-            _fold(network, before, gamma, beta)
-            result.replace_all_uses_with(before)
-        else:
-            x, weight, bias, mean, variance, momentum, eps = node.args
-            with network.graph.inserting_after(node):
-                args = (x, weight, bias, mean, variance, False, momentum, eps, False)
-                kept = network.graph.call_function(aten.batch_norm.default, args)
-            kept.meta = {"val": result.meta["val"], "layer": node.meta["layer"]}
-            result.replace_all_uses_with(kept)
-
-
-def batch_norm_affine(
-    weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """gamma, beta (float64, [channels]) with batch_norm(x) = x * gamma + beta."""
-    gamma = (variance.double() + eps).rsqrt()
-    if weight is not None:
-        gamma = gamma * weight.double()
-    beta = -mean.double() * gamma
-    return gamma, beta if bias is None else beta + bias.double()
-
-
-def _affine(network: Network, node: fx.Node) -> tuple[Tensor, Tensor]:
-    weight, bias, mean, variance = (None if arg is None else network.tensors[arg.target] for arg in node.args[1:5])
-    assert mean is not None
-    assert variance is not None
-    return batch_norm_affine(weight, bias, mean, variance, node.args[6])
-
-
-def _fold(network: Network, layer: fx.Node, gamma: Tensor, beta: Tensor) -> None:
-    """w' = w * gamma, b' = b * gamma + beta, computed in float64 and rounded once."""
-    weight = network.tensors[layer.args[1].target]
-    given = layer.args[2] if len(layer.args) > 2 else None
-    bias = beta if given is None else network.tensors[given.target].double() * gamma + beta
-    folded = (weight.double() * gamma.reshape(-1, *[1] * (weight.dim() - 1))).float()
-    name = free_name(layer.args[1].target, network.tensors, shared=len(layer.args[1].users) > 1)
-    network.tensors[name] = folded
-    bias_name = free_name(name.removesuffix("weight") + "bias", network.tensors, shared=given is None)
-    network.tensors[bias_name] = bias.float()
-    with network.graph.inserting_before(layer):
-        args = (layer.args[0], network.graph.get_attr(name), network.graph.get_attr(bias_name), *layer.args[3:])
-    layer.args = args
-
-
-def free_name(name: str, taken: dict[str, Tensor], shared: bool) -> str:
-    """`name` itself, or with the first free number behind it when it is shared and taken."""
-    if not (shared and name in taken):
-        return name
-    return next(f"{name}_{number}" for number in range(1, len(taken) + 2) if f"{name}_{number}" not in taken)
