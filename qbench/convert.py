@@ -60,11 +60,22 @@ class _Writer:
             return self.graph.placeholder(node.name)
         if node.target in RULES:
             return RULES[node.target](self, node)
+        if node.target is aten.max_pool1d.default and self.plan.holds_codes(node):
+            return self._max_pool1d(node)
         read = self.as_is if is_move(node) else self.as_float
         args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
         if node.target in (aten.constant_pad_nd.default, aten.pad.default) and self.plan.holds_codes(node):
             args, kwargs = self._padded_with_zero_point(node, args)
         return self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+
+    def _max_pool1d(self, node: fx.Node) -> fx.Node:
+        """torch pools uint8 over two dimensions only: one of them is of size 1."""
+        source, *window = node.args
+        fills = (1, 1, 0, 1)  # kernel, stride, padding, dilation; ceil_mode is the rest
+        wide = [[fill, *sizes] if sizes else [] for fill, sizes in zip(fills, window, strict=False)]
+        call = self.graph.call_function
+        x = call(aten.unsqueeze.default, (self.as_is(source), -2))
+        return call(aten.squeeze.dim, (call(aten.max_pool2d.default, (x, *wide, *window[4:])), -2))
 
     def _padded_with_zero_point(self, node: fx.Node, args: Any) -> tuple[Any, dict[str, Any]]:
         zero = self.plan.qparams[node.name].zero_point
@@ -137,6 +148,7 @@ def _layer(writer: _Writer, node: fx.Node) -> fx.Node:
     kwargs |= {"x_scale": q.scale, "x_zero_point": q.zero_point}
     if node.name in writer.plan.accumulators:
         kwargs |= {"scale": None, "zero_point": 0, "q_min": 0, "q_max": 255}
+        kwargs |= {name: bound for name in ("low", "high") if (bound := node.kwargs.get(name)) is not None}
     else:
         kwargs |= writer.result(node)
     args: tuple[Any, ...] = (x,)

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from qbench import float_ops
-from qbench.capture import Network, batch_norm_affine, free_name
+from qbench.capture import Network
+from qbench.normalize import batch_norm_affine, free_name
 
 aten = torch.ops.aten
 
@@ -61,7 +62,6 @@ MOVES = {
     aten.roll.default,
     aten.max_pool1d.default,
     aten.max_pool2d.default,
-    aten.adaptive_max_pool2d.default,
     aten.constant_pad_nd.default,
     aten.pad.default,
     aten.upsample_nearest1d.vec,
@@ -286,7 +286,8 @@ def _fuse_residuals(graph: fx.Graph) -> None:
             continue
         for layer, residual in (node.args[:2], node.args[1::-1]):
             ready = layer.target in (float_ops.linear, float_ops.conv) and "residual" not in layer.kwargs
-            if ready and len(layer.users) == 1 and not _is_constant(residual) and _same_shape(layer, residual):
+            alone = len(layer.users) == 1 and layer is not residual  # y + y reads y itself
+            if ready and alone and not _is_constant(residual) and _same_shape(layer, residual):
                 with graph.inserting_before(node):
                     fused = graph.call_function(layer.target, layer.args, {"residual": residual})
                 fused.meta = dict(layer.meta)
@@ -302,16 +303,15 @@ def _fuse_clamps(graph: fx.Graph) -> None:
         before = node.args[0] if node.target is float_ops.clamp else None
         if before is None or before.target not in CLAMPABLE or len(before.users) != 1:
             continue
-        low, high = node.args[1:3]
-        before.kwargs = {
-            **before.kwargs,
-            "low": _tighter(before.kwargs.get("low"), low, max),
-            "high": _tighter(before.kwargs.get("high"), high, min),
-        }
+        low, high = _composed((before.kwargs.get("low"), before.kwargs.get("high")), node.args[1:3])
+        before.kwargs = {**before.kwargs, "low": low, "high": high}
         node.replace_all_uses_with(before)
         graph.erase_node(node)
 
 
-def _tighter(a: float | None, b: float | None, choose: Any) -> float | None:
-    bounds = [bound for bound in (a, b) if bound is not None and not math.isinf(bound)]
-    return choose(bounds) if bounds else None
+def _composed(first: Any, second: Any) -> tuple[float | None, float | None]:
+    """The bounds of a clamp to `second` after one to `first`, which need not overlap."""
+    low, high = (-math.inf if second[0] is None else second[0]), (math.inf if second[1] is None else second[1])
+    bounds = (-math.inf if first[0] is None else first[0]), (math.inf if first[1] is None else first[1])
+    both = [min(max(bound, low), high) for bound in bounds]
+    return (None if math.isinf(both[0]) else both[0]), (None if math.isinf(both[1]) else both[1])
