@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from qbench.schemes import UINT8_MIDDLE, Scheme
@@ -132,7 +133,10 @@ class percentile:
 
     def tally(self, extent: Extent, scheme: Scheme) -> Tally:
         """The k largest and the k smallest values; the k-th is the percentile."""
-        return _Tails(extent.count - math.ceil(self.percentile / 100 * extent.count) + 1)
+        rank = math.ceil(
+            Fraction(str(self.percentile)) * extent.count / 100
+        )  # 99.9 / 100 * 1000 is above 999 in floats
+        return _Tails(extent.count - rank + 1)
 
 
 class _Tails:
