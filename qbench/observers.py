@@ -90,7 +90,7 @@ class moving_average:
     defined_by_batches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.momentum <= 1:
+        if not isinstance(self.momentum, int | float) or not 0 < self.momentum <= 1:
             raise ValueError(f"observer.momentum={self.momentum!r}: give a number above 0 and at most 1")
 
     def tally(self, extent: Extent, scheme: Scheme) -> Tally:
@@ -128,7 +128,7 @@ class percentile:
     defined_by_batches: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 50 < self.percentile <= 100:
+        if not isinstance(self.percentile, int | float) or not 50 < self.percentile <= 100:
             raise ValueError(f"observer.percentile={self.percentile!r}: give a number above 50 and at most 100")
 
     def tally(self, extent: Extent, scheme: Scheme) -> Tally:

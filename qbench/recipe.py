@@ -60,7 +60,7 @@ class Recipe:
                 raise ValueError(f"{axis}={value!r}: give a name or an object of {module.__name__}")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
             raise ValueError(f"group_size={self.group_size!r}: give a whole number of input channels, at least 1")
-        if isinstance(self.keep_float, str) or not all(isinstance(p, str) and p for p in self.keep_float):
+        if not isinstance(self.keep_float, list | tuple) or not all(isinstance(p, str) and p for p in self.keep_float):
             raise ValueError(f"keep_float={self.keep_float!r}: give a list of module-name patterns, such as [fc]")
         object.__setattr__(self, "keep_float", tuple(sorted(set(self.keep_float))))
 
