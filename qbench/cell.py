@@ -20,6 +20,7 @@ from qbench.workers import Say, WorkerError
 
 PROGRAM = "model.qb"
 LOG = "log.txt"
+UNAVAILABLE = "TaskUnavailable"  # the exception by which a task says that it cannot be had here
 NO_FP32 = "NoBaseline"  # the kind of failure that follows from the fp32 cell's
 
 
@@ -48,7 +49,8 @@ def _baselines(cell: Cell, results: Path) -> Mapping[str, Any] | None:
     prepared = cell.prepared
     assert prepared is not None
     if prepared.error is not None:
-        raise WorkerError(prepared.error, ("TaskUnavailable",) if prepared.status == "skipped" else ())
+        kinds = ([UNAVAILABLE] if prepared.status == "skipped" else []) + ([] if cell.is_baseline else [NO_FP32])
+        raise WorkerError(prepared.error, tuple(kinds))
     if cell.is_baseline:
         return None
     record = read_finished(results, cell.baseline_key)
@@ -111,7 +113,7 @@ def _combine(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _failure(error: WorkerError) -> dict[str, Any]:
-    skipped = "TaskUnavailable" in error.types
+    skipped = UNAVAILABLE in error.types
     details = {"misuse": error.misuse, "follows_from_fp32": NO_FP32 in error.types}
     return {"status": "skipped" if skipped else "failed", "error": str(error), "details": details}
 

@@ -9,13 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qbench import timing_lock, workers
+from qbench.cell import UNAVAILABLE
 from qbench.config import UsageError
 from qbench.identity import sha256_of, sources_hash
 from qbench.plan import Cell, Prepared
 from qbench.progress import Progress
 from qbench.record import write_atomic
-
-UNAVAILABLE = "TaskUnavailable"  # the exception by which a task says that it cannot be had here
 
 
 def prepare_tasks(cells: Sequence[Cell], results: Path, progress: Progress) -> dict[str, Prepared]:

@@ -1,5 +1,10 @@
 """Every YAML under conf/ composes, and means what its name says; new files are found by glob."""
 
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -71,3 +76,37 @@ def test_no_choice_is_named_on_two_lines_of_the_table_of_contents():
     entries = [line for line in lines if line.startswith("  - ") and "_self_" not in line and "override" not in line]
     assert all("#" in line for line in entries)  # commented, every one
     assert {entry.split(":")[0].strip("- ") for entry in entries} == {c.parts[0] for c in CHOICES} - {"sweep"}
+
+
+def test_a_wheel_finds_its_conf_and_tasks_from_any_folder(tmp_path):
+    """conf lies inside the package there, tasks beside it; an unpacked wheel is what pip installs."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(Path(__file__).parent.parent)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(site)
+    elsewhere.mkdir()
+    (elsewhere / "tasks.py").write_text("raise RuntimeError('the project has tasks of its own')\n")
+    code = """
+        from qbench.config import conf_folder, use_project_tasks
+        use_project_tasks()
+        import tasks
+        print(conf_folder(), tasks.__file__, sep="\\n")
+    """
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    places = [sys.executable, "-c", textwrap.dedent(code)]
+    found = subprocess.run(places, cwd=elsewhere, env=environment, check=True, capture_output=True, text=True).stdout
+    assert found.splitlines() == [str(site / "qbench" / "conf"), str(site / "tasks" / "__init__.py")]
+    composed = [sys.executable, "-m", "qbench", "--cfg", "job", "method=woq"]
+    shown = subprocess.run(composed, cwd=elsewhere, env=environment, check=True, capture_output=True, text=True).stdout
+    assert "_target_: qbench.methods.woq" in shown
+    assert [path.name for path in elsewhere.iterdir()] == ["tasks.py"]
+
+
+def test_a_users_tasks_never_shadow_the_projects(tmp_path, monkeypatch):
+    (tmp_path / "tasks.py").write_text("raise RuntimeError('the project has tasks of its own')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tasks", raising=False)
+    made = instantiate(composed("task=resnet18").values["task"])
+    assert made.name == "resnet18"
+    assert Path(sys.modules["tasks"].__file__).parent.parent == CONF.parent
