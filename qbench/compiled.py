@@ -47,6 +47,7 @@ def _without_batch_norms(model: nn.Module) -> nn.Module:
     from torch.fx.experimental.optimization import fuse
 
     try:
-        return fuse(model)
+        folded: nn.Module = fuse(model)
     except Exception:  # noqa: BLE001 - symbolic tracing fails on any Python control flow; the compiler copes with it
         return model
+    return folded

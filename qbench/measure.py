@@ -53,6 +53,14 @@ class Measure:
         """The settings of a configuration node (its `_target_` aside)."""
         return cls(**{name: value for name, value in config.items() if name != "_target_"})
 
+    def glance(self) -> Measure:
+        """The settings of timing a backend whose latency is no result: one process, few and short blocks.
+
+        Below section 10's minimum on purpose: the reference is slow, and nothing ranks or compares its latency.
+        """
+        few = min(self.rounds, 3), SMALLEST["block_calls"], min(self.block_ms, 10.0)
+        return dataclasses.replace(self, processes=1, rounds=few[0], block_calls=few[1], block_ms=few[2])
+
     @property
     def batches(self) -> tuple[int, ...]:
         """Batch 1, whose metrics have no suffix, and the larger one."""
@@ -64,16 +72,16 @@ class Measure:
         return Timing(rounds=self.rounds, block_calls=self.block_calls, block_s=self.block_ms / 1e3)
 
 
-SMALLEST = {
+SMALLEST: dict[str, int] = {
     "threads": 1,
     "batch": 1,
     "processes": 1,
     "rounds": 1,
     "block_calls": 3,  # two are dropped
-    "block_ms": 0.0,
+    "block_ms": 0,
     "examples": 1,
     "eval_batch": 1,
-    "timeout_s": 1.0,
+    "timeout_s": 1,
 }
 SWITCHES = ("compile", "layers", "figures")
 REAL = ("block_ms", "timeout_s")
@@ -101,12 +109,13 @@ def time_cell(
     measure: dict[str, Any],
     process_index: int,
     cache: str,
+    backend: str = "reference",
 ) -> dict[str, Any]:
     """Time one cell in this process, which must be fresh; one of `measure.processes` answers for `latency.combine`.
 
-    `program` is the saved .qb file of a quantized cell, timed against fp32 as torch runs it (eager). None means the
-    fp32 cell: eager against compiled, so that the others can be chained to the faster. `cache` is the results' cache
-    folder (the compiler's products are kept there, only the first process pays for them).
+    `program` is the saved .qb file of a quantized cell, run by `backend` and timed against fp32 as torch runs it
+    (eager). None means the fp32 cell: eager against compiled, so that the others can be chained to the faster. `cache`
+    is the results' cache folder (the compiler's products are kept there, only the first process pays for them).
     """
     import torch
 
@@ -118,15 +127,15 @@ def time_cell(
     if program is not None:
         from qbench.saved import load
 
-        contestants[latency.CELL] = load(program)
+        contestants[latency.CELL] = load(program, backend)
     answer: dict[str, Any] = {"batches": {}, "compile_failure": None}
     with torch.inference_mode():
         for batch in settings.batches:
             inputs = evaluate.example_batch(task_config, batch)
-            fp32 = (
-                _compiled(contestants[latency.EAGER], inputs, cache, answer) if settings.compile and not program else {}
-            )
-            calls = {name: partial(function, *inputs) for name, function in {**contestants, **fp32}.items()}
+            entrants = dict(contestants)
+            if program is None and settings.compile:
+                entrants |= _compiled(contestants[latency.EAGER], inputs, cache, answer)
+            calls = {name: partial(function, *inputs) for name, function in entrants.items()}
             times = time_blocks(calls, settings.timing, seed=process_index * 10_000 + batch)
             answer["batches"][str(batch)] = times.as_json()
     return answer
@@ -142,7 +151,11 @@ def _compiled(model: Any, inputs: tuple[Tensor, ...], cache: str, answer: dict[s
 
 
 def memory_cell(
-    program: str, task_config: dict[str, Any], prepared: dict[str, Any], measure: dict[str, Any]
+    program: str,
+    task_config: dict[str, Any],
+    prepared: dict[str, Any],
+    measure: dict[str, Any],
+    backend: str = "reference",
 ) -> dict[str, Any]:
     """The memory that loading the saved file and three forwards at the larger batch take, in this fresh process.
 
@@ -157,5 +170,5 @@ def memory_cell(
     torch.set_num_threads(settings.threads)
     inputs = evaluate.example_batch(task_config, settings.batch)
     with torch.inference_mode():
-        peak = memory_of(lambda: load(program), inputs)
+        peak = memory_of(lambda: load(program, backend), inputs)
     return {"metrics": {} if peak is None else {"peak_memory_bytes": peak}}

@@ -276,6 +276,14 @@ def test_settings_from_a_configuration_node() -> None:
     assert Measure().batches == (1, 16)
 
 
+def test_a_glance_keeps_what_is_asked_and_times_less() -> None:
+    settings = Measure(batch=8, rounds=2, threads=2, examples=100)
+    assert settings.glance() == Measure(
+        batch=8, rounds=2, threads=2, examples=100, processes=1, block_calls=3, block_ms=10.0
+    )
+    assert Measure().glance().rounds == 3
+
+
 # --- in children --------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +327,7 @@ def test_memory_is_absent_where_the_system_does_not_tell(monkeypatch: pytest.Mon
 
 
 COMPILE = """
-import json, sys, torch
+import json, os, pathlib, sys, torch
 from qbench.compiled import compile_fp32
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval()
@@ -333,8 +341,8 @@ with torch.inference_mode():
             continue
         with torch.compiler.set_stance("fail_on_recompile"):
             found.append(torch.allclose(compiled(*inputs), model(*inputs), atol=1e-5))
-import multiprocessing
-print(json.dumps([*found, len(multiprocessing.active_children())]))
+children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children")
+print(json.dumps([*found, len(children.read_text().split()) if children.exists() else 0]))
 """
 
 
@@ -359,7 +367,7 @@ def small_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(4, 4)
     stand_ins: dict[str, dict[str, Any]] = {
         "evaluate": {"fp32_model": lambda *_: model, "example_batch": lambda _, batch: (torch.zeros(batch, 4),)},
-        "saved": {"load": lambda path: model},
+        "saved": {"load": lambda path, backend: model},
     }
     for name, content in stand_ins.items():
         module = types.ModuleType(f"qbench.{name}")
@@ -404,9 +412,16 @@ def test_time_cell_says_why_it_could_not_compile_and_tries_once(monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("small_cell")
-def test_memory_cell_answers_a_metric() -> None:
-    found = measure.memory_cell("m.qb", {}, {}, QUICK)
-    assert set(found["metrics"]) <= {"peak_memory_bytes"}
+@pytest.mark.parametrize(("peak", "found"), [(4096, {"peak_memory_bytes": 4096}), (None, {})])
+def test_memory_cell_loads_the_program_and_runs_the_larger_batch(
+    monkeypatch: pytest.MonkeyPatch, peak: int | None, found: dict[str, int]
+) -> None:
+    def memory_of(load: Callable[[], Any], inputs: tuple[torch.Tensor, ...]) -> int | None:
+        assert load()(*inputs).shape == (2, 4)
+        return peak
+
+    monkeypatch.setattr(measure, "memory_of", memory_of)
+    assert measure.memory_cell("m.qb", {}, {}, QUICK) == {"metrics": found}
 
 
 # --- the public comparison ----------------------------------------------------------------------------------------
