@@ -206,9 +206,7 @@ def layer_value(sums: Sequence[Any], multipliers: Sequence[Any], on_grid: int = 
 # --- pools -----------------------------------------------------------------------------------------------------------
 
 
-def windows(
-    size: int, kernel: int, stride: int, padding: int, ceil_mode: bool
-) -> Iterator[tuple[list[int], int]]:
+def windows(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Iterator[tuple[list[int], int]]:
     """For each place of a pool along one dimension: the positions inside, and how many there are with the padding."""
     span = size + 2 * padding - kernel
     count = (-(-span // stride) if ceil_mode else span // stride) + 1
@@ -228,3 +226,54 @@ def adaptive_windows(size: int, parts: int) -> list[range]:
 def averaged(total: int, count: int, x: Q, y: Q) -> int:
     """R(f32(sum) * f32(s_x / (n s_y)))."""
     return requantize(F32(total) * F32(x.scale / (count * y.scale)), y.zero_point, y.q_min, y.q_max)
+
+
+# --- a whole layer, from its float parameters ------------------------------------------------------------------------
+
+
+def narrowed(q: Q, low: float | None, high: float | None) -> Q:
+    """The codes that a clamp leaves."""
+    q_min = q.q_min if low is None else max(q.q_min, quantize(low, q))
+    q_max = q.q_max if high is None else min(q.q_max, quantize(high, q))
+    return Q(q.scale, q.zero_point, q_min, q_max)
+
+
+def clamped(values: np.ndarray, low: float | None, high: float | None) -> np.ndarray:
+    """min(max(v, low), high)."""
+    values = values if low is None else np.maximum(values, low)
+    return values if high is None else np.minimum(values, high)
+
+
+def result_range(values: np.ndarray, scheme: str, low: float | None = None, high: float | None = None) -> Q:
+    """How a result with these calibration values (before its clamp) is rounded."""
+    seen = clamped(values.astype(float), low, high)
+    return narrowed(choose(float(seen.min()), float(seen.max()), scheme, 128), low, high)
+
+
+def layer(
+    sums: np.ndarray,
+    axis: int,
+    weight: Weight,
+    bias: Any,
+    x: Q,
+    y: Q | None,
+    residual: np.ndarray | None = None,
+    r: Q | None = None,
+) -> np.ndarray:
+    """The result of a static layer: codes of y, or float32 where y is None.
+
+    `sums` [blocks, ...] with the outputs along `axis` (blocks not counted); `residual` holds codes.
+    """
+    y_scale = 1.0 if y is None else y.scale
+    one_block = len(sums) == 1
+    m = [[multiplier(x.scale, q.scale, y_scale) for q in row] for row in weight.q]
+    on_grid = bias_codes(bias, x.scale, weight) if bias is not None and one_block else [0] * len(m)
+    result = np.zeros(sums.shape[1:], np.float32 if y is None else np.int64)
+    for index in np.ndindex(*result.shape):
+        o = index[axis]
+        start = F32(float(bias[o]) / y_scale) if bias is not None and not one_block else None
+        value = layer_value([block[index] for block in sums], m[o], on_grid[o], start)
+        if residual is not None and r is not None:
+            value = value + F32(int(residual[index]) - r.zero_point) * multiplier(r.scale, 1.0, y_scale)
+        result[index] = value if y is None else requantize(value, y.zero_point, y.q_min, y.q_max)
+    return result

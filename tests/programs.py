@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import oracle
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-import oracle
 from qbench.ops import ACTIVATIONS
 from qbench.program import Macs, Program
 from qbench.recipe import option
@@ -83,7 +83,9 @@ def every_operation(seed: int = 0) -> nn.Module:
         return EveryOperation().eval()
 
 
-def run_op(name: str, *activations: Any, backend: str = "reference", macs: Macs | None = None, **arguments: Any) -> np.ndarray:
+def run_op(
+    name: str, *activations: Any, backend: str = "reference", macs: Macs | None = None, **arguments: Any
+) -> np.ndarray:
     """Execute one int8 operation on a backend, as a program of this one call.
 
     Activations and tensors may be numpy arrays; integer activations are passed as uint8, float ones as float32.
@@ -113,3 +115,10 @@ def result_of(q: oracle.Q) -> dict[str, Any]:
 def read_by(q: oracle.Q, prefix: str = "x") -> dict[str, Any]:
     """The arguments of an operation that say how an operand is read."""
     return {f"{prefix}_scale": q.scale, f"{prefix}_zero_point": q.zero_point}
+
+
+@torch.no_grad()
+def sqnr_db(reference: Tensor, result: Tensor) -> float:
+    """10 log10(signal / error), in float64."""
+    error = (reference.double() - result.double()).square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / error))

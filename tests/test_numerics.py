@@ -138,7 +138,9 @@ def test_a_clamp_narrows_the_codes(bounds: tuple[float | None, float | None], wa
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def quantized(weight: Tensor, granularity: str, scheme: str, group_size: int = 64, **options: Tensor) -> numerics.QWeight:
+def quantized(
+    weight: Tensor, granularity: str, scheme: str, group_size: int = 64, **options: Tensor
+) -> numerics.QWeight:
     return numerics.quantize_weight(
         weight, option("granularity", granularity), option("scheme", scheme), group_size, **options
     )
@@ -184,7 +186,10 @@ def test_blocks_do_not_share_by_hand() -> None:
 
 def test_the_granularities_are_told_apart_by_hand() -> None:
     weight = f32([[127, 1, 1, 1], [254, 2, 2, 2]])
-    by_name = {name: quantized(weight, name, "symmetric", 2).values.tolist() for name in ("per_tensor", "per_channel", "per_group")}
+    by_name = {
+        name: quantized(weight, name, "symmetric", 2).values.tolist()
+        for name in ("per_tensor", "per_channel", "per_group")
+    }
     assert by_name["per_tensor"] == [[64, 0, 0, 0], [127, 1, 1, 1]]  # rne(63.5) = 64, rne(0.5) = 0
     assert by_name["per_channel"] == [[127, 1, 1, 1], [127, 1, 1, 1]]
     assert by_name["per_group"] == [[127, 1, 127, 127], [127, 1, 127, 127]]
@@ -263,7 +268,12 @@ def wide(count: int, value: int, zero_point: int) -> numerics.QWeight:
 
 @pytest.mark.parametrize(
     ("value", "zero_point", "most"),
-    [(127, -128, 33025), (127, 0, 66311), (-127, 0, 66311), (-128, 127, 33025)],  # most = ceil(2^31 / (255 |q - z|)) - 1
+    [
+        (127, -128, 33025),
+        (127, 0, 66311),
+        (-127, 0, 66311),
+        (-128, 127, 33025),
+    ],  # most = ceil(2^31 / (255 |q - z|)) - 1
 )
 def test_the_bound_of_the_sum_is_exact(value: int, zero_point: int, most: int) -> None:
     numerics.check_accumulator("fc", wide(most, value, zero_point), None)
