@@ -20,6 +20,7 @@ from qbench.numerics import (
     check_accumulator,
     quantize_bias,
     quantize_weight,
+    require_finite,
 )
 from qbench.observers import Extent, Tally
 from qbench.recipe import Recipe
@@ -83,6 +84,7 @@ def calibrate(network: Network, recipe: Recipe, batches: list[list[Tensor]]) -> 
     kept = kept_layers(network, recipe.keep_float)
     plan = Plan(fuse(network, kept), recipe)
     refuse_float_macs(plan.network.graph, kept)
+    _require_finite_constants(plan)
     plan.accumulators = _accumulators(plan)
     observed = _observed(plan)
     ranges = _ranges(plan, observed, batches)
@@ -92,6 +94,14 @@ def calibrate(network: Network, recipe: Recipe, batches: list[list[Tensor]]) -> 
     for node in plan.nodes(*LAYERS):
         plan.layers[node.name] = _layer_weights(plan, node)
     return plan
+
+
+def _require_finite_constants(plan: Plan) -> None:
+    """Before anything is observed: one NaN among the weights would be seen in every range behind them."""
+    for node in plan.nodes(*INTEGER):
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                require_finite(f"layer {node.meta['layer']}: {source.target}", plan.network.tensors[source.target])
 
 
 def constant_qparams(tensor: Tensor, recipe: Recipe) -> QParams:
@@ -127,12 +137,16 @@ class _Watch(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, tallies: dict[str, Tally]) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # an error's message stays the one line that it is
         self.tallies = tallies
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.tallies:
-            self.tallies[n.name].update(value)
+            try:
+                self.tallies[n.name].update(value)
+            except ValueError as error:
+                raise ValueError(f"layer {n.meta.get('layer') or n.name}: {error}") from error
         return value
 
 
@@ -210,8 +224,6 @@ def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
     x_scale = plan.qparams[source.name].scale
     one_block = recipe.granularity.block(weight.shape[1], recipe.group_size) == weight.shape[1]
     try:
-        if bias is not None and not bool(torch.isfinite(bias).all()):
-            raise ValueError("the bias has values that are not finite (NaN or infinity)")
         floor = bias_floor(bias, x_scale) if bias is not None and one_block else None
         quantized = quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size, floor)
     except ValueError as error:

@@ -119,16 +119,23 @@ def weight_range(weight: Tensor, granularity: Granularity, group_size: int) -> t
     return lo, hi, block
 
 
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for NaN and infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} has values that are not finite (NaN or infinity)")
+
+
 def quantize_weight(
     weight: Tensor, granularity: Granularity, scheme: Scheme, group_size: int, smallest_scale: Tensor | None = None
 ) -> QWeight:
     """Quantize a weight [outputs, inputs, ...] to int8.
 
     `smallest_scale` [outputs, 1] raises the scales (the bias rule; see `bias_floor`). Raises ValueError when the weight
-    is not finite.
+    is not finite or not float32.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight has values that are not finite (NaN or infinity)")
+    if weight.dtype != torch.float32:
+        raise ValueError(f"the weight is {str(weight.dtype)[6:]}; make the model float32 first, with model.float()")
+    require_finite("the weight", weight)
     lo, hi, block = weight_range(weight, granularity, group_size)
     if smallest_scale is not None and granularity.channels_share:
         smallest_scale = smallest_scale.amax(0, keepdim=True)

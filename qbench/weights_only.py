@@ -11,7 +11,7 @@ from qbench import float_ops
 from qbench.capture import Network
 from qbench.convert import weight_arguments
 from qbench.fusion import has_macs, kept_layers, layer_call, refuse_float_macs
-from qbench.numerics import check_accumulator, quantize_weight
+from qbench.numerics import check_accumulator, quantize_weight, require_finite
 from qbench.program import Program
 from qbench.recipe import Recipe
 
@@ -38,16 +38,24 @@ def dynamic_program(network: Network, recipe: Recipe) -> Program:
 
 def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[str, Any]) -> Program:
     kept = kept_layers(network, recipe.keep_float)
-    graph, tensors = fx.Graph(), dict(network.tensors)
+    calls = {node: call for node in network.graph.nodes if (call := _replaced(node, kept)) is not None}
+    graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
+    tensors = {
+        str(node.target): network.tensors[str(node.target)]
+        for node in network.graph.nodes
+        if node.op == "get_attr" and not all(user in calls for user in node.users)
+    }
 
     def hold(name: str, tensor: Tensor) -> fx.Node:
-        tensors[name] = tensor
+        known = tensors.setdefault(name, tensor)
+        if known is not tensor and not (known.dtype == tensor.dtype and torch.equal(known, tensor)):
+            return hold(f"{name}_", tensor)  # a tied weight, or a module that is used twice
         return graph.get_attr(name)
 
     for node in network.graph.nodes:
-        call = layer_call(node) if node.op == "call_function" and node.meta["layer"] not in kept else None
-        if call is None or not has_macs(node):
+        call = calls.get(node)
+        if call is None:
             values[node] = graph.node_copy(node, lambda n: values[n])
         else:
             function, (x, weight_node, bias_node, *window) = call
@@ -66,6 +74,13 @@ def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[s
     return Program(graph, tensors, network.inputs, network.outputs)
 
 
+def _replaced(node: fx.Node, kept: set[str]) -> tuple[Any, tuple[Any, ...]] | None:
+    """The layer's function and arguments when the node is one to quantize, else None."""
+    if node.op != "call_function" or not has_macs(node) or node.meta["layer"] in kept:
+        return None
+    return layer_call(node)
+
+
 def _weight(
     network: Network,
     node: fx.Node,
@@ -76,7 +91,10 @@ def _weight(
     hold: Any,
 ) -> dict[str, Any]:
     layer = node.meta["layer"] or node.name
+    bias = None if bias_node is None else network.tensors[bias_node.target]
     try:
+        if bias is not None:
+            require_finite("the bias", bias)
         weight = quantize_weight(
             network.tensors[weight_node.target],
             recipe.granularity,
@@ -87,5 +105,4 @@ def _weight(
         raise ValueError(f"layer {layer}: {error}") from error
     if kind == "dynamic":
         check_accumulator(layer, weight, None)
-    bias = None if bias_node is None else network.tensors[bias_node.target]
     return weight_arguments(hold, layer, weight, bias)
