@@ -22,6 +22,7 @@ IDENTITIES = {
 }
 NAMED_PADDING = {aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default}
 NAMED_DEFAULTS = (None, None, None, [1], "valid", [1], 1)
+ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range.default}
 FOLDABLE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 
 
@@ -43,6 +44,7 @@ def _drop_identities(graph: fx.Graph) -> None:
             node.target = aten.reshape.default  # a view may have relied on a copy that is dropped here
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
+        if node.target in IDENTITIES | ASSERTIONS:
             graph.erase_node(node)
 
 
@@ -94,7 +96,7 @@ def _fold_batch_norms(network: Network) -> None:
             continue
         before = node.args[0]
         gamma, beta = _affine(network, node)
-        if before.target in FOLDABLE and len(before.users) == 1 and before.args[1].op == "get_attr":
+        if _takes_batch_norm(before):
             _fold(network, before, gamma, beta)
             result.replace_all_uses_with(before)
         else:
@@ -104,6 +106,13 @@ def _fold_batch_norms(network: Network) -> None:
                 kept = network.graph.call_function(aten.batch_norm.default, args)
             kept.meta = {"val": result.meta["val"], "layer": node.meta["layer"]}
             result.replace_all_uses_with(kept)
+
+
+def _takes_batch_norm(layer: fx.Node) -> bool:
+    """Is the node a layer that nothing else reads, whose output channels are dimension 1 (a linear's are its last)?"""
+    if layer.target not in FOLDABLE or len(layer.users) != 1 or layer.args[1].op != "get_attr":
+        return False
+    return layer.target is not aten.linear.default or layer.meta["val"].dim() == 2
 
 
 def batch_norm_affine(
@@ -132,7 +141,8 @@ def _fold(network: Network, layer: fx.Node, gamma: Tensor, beta: Tensor) -> None
     folded = (weight.double() * gamma.reshape(-1, *[1] * (weight.dim() - 1))).float()
     name = free_name(layer.args[1].target, network.tensors, shared=len(layer.args[1].users) > 1)
     network.tensors[name] = folded
-    bias_name = free_name(name.removesuffix("weight") + "bias", network.tensors, shared=given is None)
+    shared = given is None or len(given.users) > 1
+    bias_name = free_name(name.removesuffix("weight") + "bias", network.tensors, shared)
     network.tensors[bias_name] = bias.float()
     with network.graph.inserting_before(layer):
         args = (layer.args[0], network.graph.get_attr(name), network.graph.get_attr(bias_name), *layer.args[3:])
