@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def _trace(model: nn.Module, example: tuple[Any, ...], leaves: list[Tensor], dyn
         doubled = leaves[0].dim() > 0 and leaves[0].shape[0] == 1
         if doubled:  # torch.export takes a size of 1 for a constant
             example = pytree.tree_map(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example)
-        dynamic_shapes = pytree.tree_map(lambda t: {0: torch.export.Dim.DYNAMIC} if t.dim() else {}, example)
+        dynamic_shapes = _any_batch(model, example)
     frozen = copy.deepcopy(model).eval()
     try:
         with warnings.catch_warnings(), torch.no_grad(), _quiet("torch._dynamo", "torch.export", "torch.fx"):
@@ -89,6 +90,15 @@ def _trace(model: nn.Module, example: tuple[Any, ...], leaves: list[Tensor], dyn
             f"make its forward free of data-dependent Python, or pass dynamic_shapes="
         ) from error
     return _unlift(exported, leaves)
+
+
+def _any_batch(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Any]:
+    """Dimension 0 of every input of any size, by parameter of forward: torch.export nests what `*args` takes."""
+    by_parameter = inspect.signature(model.forward).bind(*example).arguments
+    return {
+        name: pytree.tree_map(lambda t: {0: torch.export.Dim.DYNAMIC} if t.dim() else {}, value)
+        for name, value in by_parameter.items()
+    }
 
 
 class _quiet:
@@ -137,6 +147,6 @@ def _unlift(exported: torch.export.ExportedProgram, leaves: list[Tensor]) -> Net
 
 
 def _layer(node: fx.Node) -> str:
-    """The name of the module that the node comes from, `` for the model itself."""
+    """The name of the module that the node comes from; the node's own for a call in the model's own forward."""
     stack = node.meta.get("nn_module_stack")
-    return list(stack.values())[-1][0] if stack else ""
+    return (list(stack.values())[-1][0] if stack else "") or node.name
