@@ -158,12 +158,12 @@ def _call(fused: Network, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> t
     match node.target:
         case _ if (layer := _layer(node.target, full)) is not None:
             return *layer, {}
-        case aten.add.Tensor | aten.sub.Tensor if _floats(node):
+        case aten.add.Tensor | aten.sub.Tensor if _is_arithmetic(node):
             sign = 1.0 if node.target is aten.add.Tensor else -1.0
             return float_ops.add, (*_operands(fused, full, node), sign * full["alpha"]), {}
-        case aten.mul.Tensor if _floats(node):
+        case aten.mul.Tensor if _is_arithmetic(node):
             return float_ops.mul, _operands(fused, full, node), {}
-        case aten.div.Tensor if _floats(node) and isinstance(full["other"], int | float):
+        case aten.div.Tensor if _floats(node) and isinstance(full["other"], int | float) and full["other"]:
             return float_ops.mul, _operands(fused, {**full, "other": 1.0 / full["other"]}, node), {}
         case aten.neg.default if _floats(node):
             return float_ops.mul, _operands(fused, {"self": full["self"], "other": -1.0}, node), {}
@@ -215,6 +215,11 @@ def _floats(node: fx.Node) -> bool:
     """Is the result one float tensor?"""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    """Is the result one float tensor, computed from tensors and constants (and not from a size of the input)?"""
+    return _floats(node) and all(isinstance(source.meta["val"], torch.Tensor) for source in node.all_input_nodes)
 
 
 def _wide(size: Any, count: int) -> list[int]:
