@@ -73,16 +73,15 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
 
 
 def _trace(model: nn.Module, example: tuple[Any, ...], leaves: list[Tensor], dynamic_shapes: Any) -> Network:
-    if dynamic_shapes is None:
-        doubled = leaves[0].dim() > 0 and leaves[0].shape[0] == 1
-        if doubled:  # torch.export takes a size of 1 for a constant
-            example = pytree.tree_map(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example)
-        dynamic_shapes = _any_batch(model, example)
+    doubled = dynamic_shapes is None and leaves[0].dim() > 0 and leaves[0].shape[0] == 1
+    if doubled:  # torch.export takes a size of 1 for a constant
+        example = pytree.tree_map(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example)
     frozen = copy.deepcopy(model).eval()
     try:
         with warnings.catch_warnings(), torch.no_grad(), _quiet("torch._dynamo", "torch.export", "torch.fx"):
             warnings.simplefilter("ignore")  # torch.export warns about its own internals
-            exported = torch.export.export(frozen, example, dynamic_shapes=dynamic_shapes).run_decompositions({})
+            shapes = _any_batch(model, example) if dynamic_shapes is None else dynamic_shapes
+            exported = torch.export.export(frozen, example, dynamic_shapes=shapes).run_decompositions({})
     except Exception as error:  # torch.export raises dozens of types, some private
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CaptureError(
