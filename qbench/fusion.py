@@ -27,6 +27,7 @@ CLAMPS: dict[Any, tuple[float | None, float | None] | None] = {
     aten.clamp.default: None,
     aten.clamp_min.default: None,
     aten.clamp_max.default: None,
+    aten.clip.default: None,
 }
 CLAMPABLE = {
     float_ops.linear,
