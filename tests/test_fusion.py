@@ -142,7 +142,7 @@ def test_a_relu_before_the_sum_stays_before_it():
 
 def test_a_second_residual_is_a_sum_of_its_own():
     fused = calls(lambda s, x: s.layers[0](x) + x + x.flip(3), conv())
-    assert [call for call in fused if "aten" not in call] == ["conv(residual)", "add()"]
+    assert sorted(fused) == ["add()", "conv(residual)", "flip.default()"]
 
 
 def test_a_table_function_between_layer_and_sum_stays_between_them():
@@ -204,7 +204,7 @@ def operations(model):
 def test_the_static_program_is_one_line_for_each_fused_node(block):
     """One quantize at the entrance, no dequantize: the head leaves its accumulator."""
     assert operations(program(block)) == [
-        ("quantize", "quantize"),
+        ("quantize_default", "quantize"),
         ("stem_0", "conv"),
         ("first", "conv"),
         ("shortcut", "conv"),
