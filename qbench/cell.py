@@ -12,6 +12,7 @@ from typing import Any
 
 from qbench import identity, latency, timing_lock, workers
 from qbench.config import RECIPE_VALUES
+from qbench.measure import Measure
 from qbench.plan import Cell
 from qbench.recipe import AXES
 from qbench.record import Record
@@ -34,7 +35,7 @@ def answer(cell: Cell, results: Path, say: Say) -> Record:
     try:
         baselines = _baselines(cell, results)
         scored = _score(cell, folder, say)
-        timings = [_time(cell, folder, index, results, say) for index in range(cell.measure.processes)]
+        timings = [_time(cell, folder, index, results, say) for index in range(_timed(cell).processes)]
         weighed = _weigh(cell, folder, say)
         found = _combine(scored, latency.combine(timings, baselines), weighed)
     except WorkerError as error:
@@ -73,15 +74,24 @@ def _score(cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
 def _time(cell: Cell, folder: Path, index: int, results: Path, say: Say) -> dict[str, Any]:
     """One of the fresh processes whose ratios make the interval of the speed-up, alone on the machine."""
     program = None if cell.is_baseline else str(folder / PROGRAM)
-    arguments = {**_task(cell), "program": program, "measure": _measure(cell), "process_index": index}
-    say(f"timing, process {index + 1} of {cell.measure.processes}")
+    settings = _timed(cell)
+    arguments = {**_task(cell), "program": program, "measure": dataclasses.asdict(settings), "process_index": index}
+    arguments |= {"cache": str(results / "cache"), "backend": cell.recipe.backend.name}
+    say(f"timing, process {index + 1} of {settings.processes}")
     with timing_lock.machine(alone=True, say=say):
-        return _run("qbench.measure:time_cell", {**arguments, "cache": str(results / "cache")}, cell, folder, say)
+        return _run("qbench.measure:time_cell", arguments, cell, folder, say)
+
+
+def _timed(cell: Cell) -> Measure:
+    """The settings of timing: a glance where the latency is no result."""
+    counts = cell.is_baseline or cell.recipe.backend.latency_is_result
+    return cell.measure if counts else cell.measure.glance()
 
 
 def _weigh(cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
     """The memory of loading the saved file and running it."""
     arguments = {**_task(cell), "program": str(folder / PROGRAM), "measure": _measure(cell)}
+    arguments |= {"backend": cell.recipe.backend.name}
     say("memory")
     with timing_lock.machine(alone=False, say=say):
         return _run("qbench.measure:memory_cell", arguments, cell, folder, say)
@@ -127,6 +137,7 @@ def _record(cell: Cell, found: Mapping[str, Any], folder: Path, started: datetim
         "log": cell.prepared.log or str(folder / LOG),
         "artifacts": [name for name in _files(folder) if name != PROGRAM],
         "latency_is_result": backend.latency_is_result,
+        "recipe": cell.recipe.canonical(),
         "measure": dataclasses.asdict(cell.measure),
         "metric": cell.prepared.metric,
     }

@@ -176,7 +176,7 @@ def evaluate(
         **found,
         "granularity_effective": granularity_effective(saved) if recipe.applies("granularity") else None,
         "notes": found["notes"] + (["batch_dependent"] if _batch_dependent(recipe) else []),
-        "details": {"float_ops": saved.float_ops},
+        "details": {**found["details"], "float_ops": saved.float_ops},
     }
 
 
@@ -216,7 +216,8 @@ def _score(task: Task, examples: Examples, outputs: Tensor, folder: Path) -> dic
     noise = metrics.sqnr_db(fp32, outputs)
     if noise is not None:
         found["sqnr_db"] = noise
-    return {"metrics": found, "notes": list(comparison.notes)}
+    test = {"p_value": comparison.p_value, "test": comparison.test, "units": comparison.units}
+    return {"metrics": found, "notes": list(comparison.notes), "details": {"score_test": test}}
 
 
 def granularity_effective(model: QuantizedModel) -> str:
