@@ -1,4 +1,4 @@
-"""The command line: `python -m qbench`. Exit codes: 0 all well, 1 a cell failed, 2 misuse."""
+"""The command line: `python -m qbench`. Exit codes: 0 all well, 1 a cell failed, 2 misuse, 130 Ctrl-C."""
 
 from __future__ import annotations
 

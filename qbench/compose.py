@@ -1,17 +1,15 @@
-"""From a command line to composed cells, and back to Hydra's launcher; every error of Hydra becomes one line."""
+"""From a command line to composed configurations, and back to Hydra's launcher."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbench.config import RECIPE_VALUES, RUN_VALUES, UsageError, conf_folder, one_line
+from qbench.composition_errors import groups, key_of, known_keys, not_understood, one_line_errors, unknown_key
+from qbench.config import UsageError, conf_folder
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -31,17 +29,19 @@ class Composer:
     """Hydra, set up for one command line. Every method raises UsageError with one line for what Hydra refuses."""
 
     def __init__(self, arguments: Namespace) -> None:
-        sweeps = [_key(text) for text in arguments.overrides].count("sweep")
+        sweeps = [key_of(text) for text in arguments.overrides].count("sweep")
         self.multirun = arguments.multirun or sweeps > 0
         self.config_dir: str | None = arguments.config_dir
         self._overrides = list(arguments.overrides)
         for text in arguments.overrides:
-            if not _key(text):
-                raise UsageError(_not_understood(text))
-        if sweeps > 1 or any("," in text for text in arguments.overrides if _key(text) == "sweep"):
+            if not key_of(text):
+                raise UsageError(not_understood(text))
+        if sweeps > 1 or any("," in text for text in arguments.overrides if key_of(text) == "sweep"):
             raise UsageError("one sweep at a time: run them one after the other, finished cells are not run again")
-        with self._one_line_errors():
+        with one_line_errors(None):
             self._hydra = _hydra(arguments.config_dir)
+        self._loader = self._hydra.config_loader
+        with one_line_errors(self._loader):
             self._master = self._compose_master()
 
     def jobs(self) -> Iterator[Job]:
@@ -51,17 +51,17 @@ class Composer:
 
     def job(self, overrides: Sequence[str]) -> Job:
         """One combination, composed."""
-        with self._one_line_errors():
-            config = self._hydra.config_loader.load_sweep_config(self._master, list(overrides))
+        with one_line_errors(self._loader):
+            config = self._loader.load_sweep_config(self._master, list(overrides))
             job = _job(config, overrides)
         self._check(job)
         return job
 
     def _check(self, job: Job) -> None:
         """Nothing is accepted and ignored: exactly the known keys, and one choice in each group."""
-        if unknown := set(job.values) - set(_known_keys()):
-            raise UsageError(self._unknown_key(unknown.pop()))
-        for group in _groups():
+        if unknown := set(job.values) - set(known_keys()):
+            raise UsageError(unknown_key(unknown.pop()))
+        for group in groups():
             if group not in job.choices or group not in job.values:
                 raise UsageError(f"{group}: give exactly one, such as {group}=...; several with -m {group}=...,...")
 
@@ -71,8 +71,8 @@ class Composer:
         from hydra.core.plugins import Plugins
         from hydra.types import HydraContext
 
-        context = HydraContext(config_loader=self._hydra.config_loader, callbacks=Callbacks(self._master))
-        with self._one_line_errors():
+        context = HydraContext(config_loader=self._loader, callbacks=Callbacks(self._master))
+        with one_line_errors(self._loader):
             launcher = Plugins.instance().instantiate_launcher(context, _Launched(function), self._master)
         for result in launcher.launch([list(overrides) for overrides in jobs], initial_job_idx=first):
             _ = result.return_value  # raises what was no cell's failure: Ctrl-C, a full disk, an error of our own
@@ -99,50 +99,9 @@ class Composer:
         if not self.multirun:
             return [own]
         texts = [f"{name}={value}" for name, value in (sweeper.params or {}).items()] + own
-        with self._one_line_errors():
-            parsed = OverridesParser.create(config_loader=self._hydra.config_loader).parse_overrides(texts)
+        with one_line_errors(self._loader):
+            parsed = OverridesParser.create(config_loader=self._loader).parse_overrides(texts)
             return BasicSweeper.split_arguments(parsed, None)[0]
-
-    @contextlib.contextmanager
-    def _one_line_errors(self) -> Iterator[None]:
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
-        try:
-            yield
-        except UsageError:
-            raise
-        except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-            raise UsageError(self._explain(error)) from error
-
-    def _explain(self, error: Exception) -> str:
-        """Hydra's message, shortened to what was given, what is allowed and what to do."""
-        from hydra.errors import OverrideParseException
-
-        text = f"{error} {error.__cause__ or ''}"
-        if isinstance(error, OverrideParseException):
-            return _not_understood(error.override)
-        if found := re.search(r"Could not find '([\w/]+)/([^/']*)'", text):
-            return self._unknown_choice(found[1], found[2])
-        if found := re.search(r"(?:Could not override|Could not append[^']*) '([^']+)'", text):
-            return self._unknown_key(found[1])
-        if found := re.search(r"Ambiguous value for argument '([^']+)'|Sweep parameters '([^']+)'", text):
-            return f"{found[1] or found[2]} is a sweep: add -m, or give a list in brackets, such as [a,b]"
-        return one_line(text)
-
-    def _unknown_choice(self, group: str, name: str) -> str:
-        options = self._hydra.config_loader.get_group_options(group)
-        return f"{group}={name}: allowed are {', '.join(sorted(options))}{_hint(name, options)}"
-
-    def _unknown_key(self, key: str) -> str:
-        if key.lstrip("+") == "sweep":
-            return "sweep=...: write +sweep=..., it is added to the configuration"
-        known = [*_known_keys(), "sweep"]
-        if key in known:
-            return f"{key}: the value does not fit; see python -m qbench --help"
-        where = " with these choices" if "." in key else ""
-        return f"unknown option {key!r}{where}{_hint(key, known)}; see python -m qbench --help"
 
 
 @dataclass(frozen=True)
@@ -189,26 +148,3 @@ def _job(config: DictConfig, overrides: Sequence[str]) -> Job:
     values = OmegaConf.to_container(OmegaConf.create(content), resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     return Job({str(name): value for name, value in values.items()}, choices, tuple(overrides))
-
-
-def _key(override: str) -> str:
-    """`+sweep=all` -> `sweep`."""
-    return override.partition("=")[0].lstrip("+~").partition("@")[0]
-
-
-def _groups() -> list[str]:
-    """The groups of which each cell has one choice."""
-    return sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "sweep")
-
-
-def _known_keys() -> list[str]:
-    return [*_groups(), *RECIPE_VALUES, *RUN_VALUES]
-
-
-def _not_understood(override: str) -> str:
-    return f"{override!r} is not understood; write key=value, see python -m qbench --help"
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""

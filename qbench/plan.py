@@ -74,10 +74,14 @@ class Cell:
 def plan(composer: Composer) -> list[Cell]:
     """The cells of a command line, fp32 first. Raises UsageError for whatever cannot be."""
     cells: dict[str, Cell] = {}
+    shared: dict[str, Any] = {}
     for job in composer.jobs():
+        for name in RUN_VALUES:
+            if shared.setdefault(name, job.values[name]) != job.values[name]:
+                raise UsageError(f"{name}: give one value for the whole sweep")
         cell = cell_of(job, composer.config_dir)
         cells.setdefault(cell.question, cell)
-        if not job.values["dry_run"]:
+        if not shared["dry_run"]:
             workers.warm_up()  # torch loads while the rest is composed
     for cell in list(cells.values()):
         if cell.baseline not in cells:

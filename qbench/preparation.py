@@ -44,6 +44,8 @@ def _prepare(cell: Cell, cache: Path, progress: Progress) -> Prepared:
             raise UsageError(f"task={name}: {error}") from error
         status = "skipped" if UNAVAILABLE in error.types else "failed"
         return Prepared(name, "unknown", "score", "none", "none", "", status, str(error), str(log))
+    finally:
+        progress.end()
     prepared = Prepared(**facts)
     write_atomic(_memory(cell, cache), json.dumps(asdict(prepared)))
     return prepared

@@ -5,6 +5,7 @@ The moving line goes to stderr, results to stdout, so that a file of the output 
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
 import time
@@ -50,35 +51,37 @@ class Progress:
     def __init__(self, moving: TextIO | None = None, results: TextIO | None = None) -> None:
         self._moving, self._results = moving or sys.stderr, results or sys.stdout
         self._rewrites = self._moving.isatty()
-        self._title, self._rest = "", ""
+        self._title = self._rest = self._text = ""
         self._started = self._shown = 0.0
 
     def begin(self, title: str, rest: str = "") -> None:
         """Start a piece of work; `rest` says what is left after it."""
-        self._title, self._rest = title, rest
+        self._title, self._rest, self._text = title, rest, ""
         self._started, self._shown = time.monotonic(), 0.0
         self.say("")
 
     def say(self, text: str) -> None:
-        """How far the piece of work is."""
+        """How far the piece of work is; "" when nothing new is known."""
+        self._text = text or self._text
         now = time.monotonic()
         if now - self._shown < (REDRAW_S if self._rewrites else QUIET_S):
             return
         self._shown = now
         elapsed = f"{duration(now - self._started)}" if now - self._started >= 1 else ""
-        details = ", ".join(part for part in (text, elapsed) if part)
+        details = ", ".join(part for part in (self._text, elapsed) if part)
         self._write("; ".join(part for part in (self._title + (f": {details}" if details else ""), self._rest) if part))
 
-    def end(self, line: str) -> None:
-        """The result of the piece of work, on a line of its own."""
+    def end(self, line: str = "") -> None:
+        """The result of the piece of work, if there is one to show, in the place of the moving line."""
         if self._rewrites:
-            self._moving.write("\r\033[K")
-            self._moving.flush()
-        print(line, file=self._results, flush=True)
+            self._write("")
+        if line:
+            print(line, file=self._results, flush=True)
 
     def _write(self, line: str) -> None:
         try:
-            self._moving.write(f"\r\033[K{line[:200]}" if self._rewrites else f"{line}\n")
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be rewritten
+            self._moving.write(f"\r\033[K{line[:width]}" if self._rewrites else f"{line}\n")
             self._moving.flush()
         except BrokenPipeError:  # the reader of a pipe has gone; the work goes on
             self._moving = sys.__stderr__ or self._moving

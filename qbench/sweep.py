@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -55,11 +56,8 @@ def run_sweep(composer: Composer) -> int:
 
 
 def options_of(cells: Sequence[Cell]) -> Options:
-    """The settings that the whole command line shares. Raises UsageError for a value that is none, or for several."""
+    """The settings that the whole command line shares. Raises UsageError for an impossible value."""
     values, choices = cells[-1].job.values, cells[-1].job.choices
-    for name in ("results", "force", "dry_run"):
-        if any(cell.job.values[name] != values[name] for cell in cells):
-            raise UsageError(f"{name}: give one value for the whole sweep")
     for name in ("force", "dry_run"):
         if not isinstance(values[name], bool):
             raise UsageError(f"{name}={values[name]}: give true or false")
@@ -140,11 +138,17 @@ def show(cells: Sequence[Cell], options: Options) -> int:
     found = (results.read_finished(options.results, cell.key) for cell in cells)
     records = [record for record in found if record]
     log_missing(records, options)
-    report.write_summary(results.newest_records(options.results), options.results)
+    report.write_summary(_alike(cells, options), options.results)
     print(report.table(records))
     print(f"mlflow ui --backend-store-uri {tracking.store_uri(options.results)}")
     print(tracking.deep_link(options.results, options.sweep))
     return tell_failures([record for record in records if record.status == "failed"])
+
+
+def _alike(cells: Sequence[Cell], options: Options) -> list[Record]:
+    """All records of the folder that were measured as these cells are: what one table can hold."""
+    measures = [dataclasses.asdict(cell.measure) for cell in cells]
+    return [r for r in results.newest_records(options.results) if r.details.get("measure") in measures]
 
 
 def tell_failures(failed: Sequence[Record]) -> int:

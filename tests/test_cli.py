@@ -137,5 +137,5 @@ def test_public_names_are_found_on_first_use_and_wrong_ones_are_told():
 
     assert package.Recipe(method="woq").method.name == "woq"
     assert set(package.__all__) <= set(dir(package))
-    with pytest.raises(AttributeError, match="public names: .*quantize"):
+    with pytest.raises(AttributeError, match=r"public names: .*quantize"):
         _ = package.quantise

@@ -1,4 +1,4 @@
-"""A sweep from the shell: every cell once, resumed, killed, failing; on a network so small that a cell takes seconds."""
+"""A sweep from the shell: every cell once, resumed, killed, failing; on a network so small that cells take seconds."""
 
 import fcntl
 import json
