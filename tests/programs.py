@@ -26,7 +26,7 @@ def on_grid(module: nn.Module, seed: int = 0) -> nn.Module:
     """The module in evaluation mode, with parameters on a grid."""
     for number, parameter in enumerate(module.parameters()):
         parameter.data = grid(*parameter.shape, seed=seed + number)
-    return module.eval()
+    return module.eval().requires_grad_(False)
 
 
 class Apply(nn.Module):
@@ -80,7 +80,7 @@ def every_operation(seed: int = 0) -> nn.Module:
     """EveryOperation with seeded random weights, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return EveryOperation().eval()
+        return EveryOperation().eval().requires_grad_(False)
 
 
 def run_op(

@@ -61,6 +61,7 @@ def key():
         ("qbench/numerics.py", True),
         ("qbench/observers.py", True),
         ("qbench/measure.py", True),
+        ("qbench/cell.py", True),
         ("tasks/one.py", True),
         ("tasks/shared.py", True),
         ("tasks/other.py", False),

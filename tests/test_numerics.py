@@ -17,6 +17,8 @@ from qbench import numerics
 from qbench.numerics import QParams, activation_qparams
 from qbench.recipe import option
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=False)
 FINITE = st.floats(-(2.0**40), 2.0**40, width=32, allow_subnormal=False)
 SCALES = st.floats(2.0**-60, 2.0**60, width=32, exclude_min=False)

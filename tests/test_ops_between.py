@@ -21,6 +21,8 @@ import qbench
 from qbench.capture import Network, capture
 from qbench.quantization import quantize_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EVERY_CODE = np.arange(256)
 SCHEMES = [
     {"activation_scheme": scheme, "output": output}
@@ -189,14 +191,14 @@ def test_producers_with_one_reader_take_the_scale_of_the_concatenation() -> None
     a, b = (on_grid(nn.Linear(6, 3), seed) for seed in (8, 9))
     model = Apply(lambda m, x: torch.cat([m.layers[0](x), m.layers[1](x).relu(), x], 1), a, b)
     quantized = qbench.quantize(model, (rows,), calibration=[(rows,)])
-    floats = [(rows @ layer.weight.T + layer.bias).detach() for layer in (a, b)]
+    floats = [(rows @ layer.weight.T + layer.bias) for layer in (a, b)]
     floats[1] = floats[1].relu()
     read = oracle.result_range(rows.numpy(), "affine")
     y = oracle.result_range(torch.cat([*floats, rows], 1).numpy(), "affine")
     codes, parts = oracle.codes(rows, read), []
     for layer, low in ((a, None), (b, 0.0)):
-        bias = layer.bias.detach().numpy()
-        weight = oracle.weight(layer.weight.detach().numpy(), bias=bias, x_scale=read.scale)
+        bias = layer.bias.numpy()
+        weight = oracle.weight(layer.weight.numpy(), bias=bias, x_scale=read.scale)
         sums = oracle.linear_sums(codes - read.zero_point, weight.centred, 6)
         parts.append(oracle.layer(sums, 1, weight, bias, read, oracle.narrowed(y, low, None)))  # rounded once, for y
     m = oracle.multiplier(read.scale, 1.0, y.scale)
@@ -210,7 +212,7 @@ def test_what_others_read_too_is_rescaled() -> None:
     layer = on_grid(nn.Linear(6, 3), 11)
     model = Apply(lambda m, x: (lambda y: (torch.cat([y, y * 3], 1), y))(m.layers[0](x)), layer)
     joined, alone = qbench.quantize(model, (rows,), calibration=[(rows,)])(rows)
-    floats = (rows @ layer.weight.T + layer.bias).detach().numpy()
+    floats = (rows @ layer.weight.T + layer.bias).numpy()
     own, y = (
         oracle.result_range(floats, "affine"),
         oracle.result_range(np.concatenate([floats, 3 * floats], 1), "affine"),
@@ -351,7 +353,6 @@ def test_reductions_as_modules() -> None:
     quantized = qbench.quantize(model, (x,), calibration=[(x,)])
     kinds = [str(node.target).split(".")[1] for node in quantized.program.graph.nodes if node.op == "call_function"]
     assert sum(kind in ("mean", "average_pool", "adaptive_average_pool") for kind in kinds) == len(REDUCTIONS)
-    assert quantized.float_ops == []
     for (name, function), result in zip(REDUCTIONS.items(), quantized(x), strict=True):
         want = function(x)
         y = oracle.result_range(want.numpy(), "affine", 0.0 if "relu" in name else None)
@@ -378,8 +379,8 @@ def test_a_batch_norm_before_a_layer() -> None:
     norm = on_grid(nn.BatchNorm2d(4, eps=0.25), 14)
     norm.running_mean, norm.running_var = grid(4, seed=15), torch.full((4,), 3.75)
     quantized = qbench.quantize(nn.Sequential(norm, nn.ReLU()), (X,), calibration=[(X,)])
-    gamma = norm.weight.detach().double().numpy() / 2
-    beta = norm.bias.detach().double().numpy() - norm.running_mean.double().numpy() * gamma
+    gamma = norm.weight.double().numpy() / 2
+    beta = norm.bias.double().numpy() - norm.running_mean.double().numpy() * gamma
     floats = X.double().numpy() * gamma[:, None, None] + beta[:, None, None]
     x, y = oracle.result_range(X.numpy(), "affine"), oracle.result_range(floats, "affine", 0.0)
     codes = oracle.codes(WIDER, x)
@@ -446,10 +447,10 @@ def test_tables_against_float64(scheme: str) -> None:
 def test_a_pre_activation_is_rounded_at_its_own_scale() -> None:
     rows, layer = grid(5, 6, seed=17), on_grid(nn.Linear(6, 3), 18)
     quantized = qbench.quantize(nn.Sequential(layer, nn.Sigmoid()), (rows,), calibration=[(rows,)])
-    floats, bias = (rows @ layer.weight.T + layer.bias).detach().numpy(), layer.bias.detach().numpy()
+    floats, bias = (rows @ layer.weight.T + layer.bias).numpy(), layer.bias.numpy()
     x, before = oracle.result_range(rows.numpy(), "affine"), oracle.result_range(floats, "affine")
     after = oracle.result_range(oracle.each(sigmoid, floats, dtype=np.float32), "affine")
-    weight = oracle.weight(layer.weight.detach().numpy(), bias=bias, x_scale=x.scale)
+    weight = oracle.weight(layer.weight.numpy(), bias=bias, x_scale=x.scale)
     sums = oracle.linear_sums(oracle.codes(rows, x) - x.zero_point, weight.centred, 6)
     codes = oracle.layer(sums, 1, weight, bias, x, before)
     want = oracle.real(np.array(table_of(sigmoid, before, after))[codes], after)

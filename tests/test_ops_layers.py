@@ -26,6 +26,8 @@ import qbench
 from qbench.capture import Network, capture
 from qbench.quantization import quantize_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GRID = [
     {"granularity": granularity, "scheme": scheme, "activation_scheme": activation_scheme, "output": output}
     for granularity in ("per_tensor", "per_channel", "per_group")
@@ -59,7 +61,7 @@ class Branch:
         if self.parameters is not None:
             return self.parameters
         bias = self.module.bias
-        return self.module.weight.detach().numpy(), None if bias is None else bias.detach().numpy()
+        return self.module.weight.numpy(), None if bias is None else bias.numpy()
 
     def sums(self, x: np.ndarray, weight: np.ndarray, block: int) -> np.ndarray:
         """[blocks, ...] of a linear layer or of a convolution over one or two dimensions."""
@@ -280,10 +282,10 @@ def batch_norm(kind: type[nn.Module], channels: int, **options: Any) -> nn.Modul
 @functools.cache
 def with_batch_norms() -> tuple[Network, dict[str, Branch]]:
     def folded(layer: nn.Module, norm: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        gamma = norm.weight.detach().double().numpy() / 2 if norm.affine else np.full(norm.num_features, 0.5)
-        beta = norm.bias.detach().double().numpy() if norm.affine else 0.0
-        weight = layer.weight.detach().double().numpy()
-        bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
+        gamma = norm.weight.double().numpy() / 2 if norm.affine else np.full(norm.num_features, 0.5)
+        beta = norm.bias.double().numpy() if norm.affine else 0.0
+        weight = layer.weight.double().numpy()
+        bias = 0.0 if layer.bias is None else layer.bias.double().numpy()
         scaled = weight * gamma.reshape(-1, *[1] * (weight.ndim - 1))
         return scaled.astype(np.float32), ((bias - norm.running_mean.numpy()) * gamma + beta).astype(np.float32)
 

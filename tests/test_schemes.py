@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from qbench.recipe import option
 from qbench.schemes import INT8_MIDDLE, UINT8_MIDDLE, affine, symmetric
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENDS = st.floats(-(2.0**100), 2.0**100, width=32)
 
 

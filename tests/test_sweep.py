@@ -67,12 +67,19 @@ def run(monkeypatch, capsys):
     return run_here
 
 
+STORE = ("artifacts", "mlflow.db")  # keeps absolute paths, so it does not move with the folder
+
+
+@pytest.fixture
+def finished(swept, tmp_path):
+    """A copy of the swept project with its records, without the MLflow store."""
+    return shutil.copytree(swept[0], tmp_path / "finished", ignore=shutil.ignore_patterns(*STORE))
+
+
 @pytest.fixture
 def project(swept, tmp_path):
     """A copy of the swept project without its records: the task is prepared."""
-    folder = tmp_path / "project"
-    shutil.copytree(swept[0], folder, ignore=shutil.ignore_patterns("runs", "artifacts", "mlflow.db", "summary.*"))
-    return folder
+    return shutil.copytree(swept[0], tmp_path / "project", ignore=shutil.ignore_patterns("runs", "summary.*", *STORE))
 
 
 def test_a_sweep_runs_every_cell_and_shows_a_table(swept):
@@ -148,24 +155,28 @@ def test_one_cell_runs_its_fp32_cell_first(project, run):
     assert ended.returncode == 0, ended.stderr
     assert "2 cells, 0 finished, 2 to run; tiny[fp32] first, the others are compared with it" in ended.stdout
     assert set(records(project)) == {"fp32", "woq"}
-    key = records(project)["woq"].key
-    again = run(project, "task=tiny", "measure=least", "method=woq", "force=true")
-    assert "2 cells, 0 finished, 2 to run" in again.stdout
-    assert records(project)["woq"].key == key
 
 
-def test_a_changed_source_of_the_task_runs_again(project, run):
-    assert run(project, "task=tiny", "measure=least", "method=fp32").returncode == 0
-    with (project / "mytask.py").open("a") as source:
+def test_force_runs_finished_cells_again(finished, run):
+    assert "1 cells, 0 done, 1 to do" in run(finished, SWEEP, "method=fp32", "force=true", "dry_run=true").stdout
+    before = records(finished)
+    assert run(finished, SWEEP, "method=fp32", "force=true").returncode == 0
+    after = records(finished)
+    assert after["fp32"].key == before["fp32"].key
+    assert after["fp32"].started > before["fp32"].started
+    assert after["woq"] == before["woq"]
+
+
+def test_a_changed_source_of_the_task_is_another_answer(finished, run):
+    with (finished / "mytask.py").open("a") as source:
         source.write("\n# changed\n")
-    ended = run(project, "task=tiny", "measure=least", "method=fp32", "dry_run=true")
-    assert "1 cells, 0 done" in ended.stdout
+    assert "4 cells, 0 done" in run(finished, SWEEP, "dry_run=true").stdout
 
 
 FAULTS = [
     ("segfault", "fp32", "crashed (SIGSEGV: segmentation fault)", 1),
     ("killed", "fp32", "killed (SIGKILL), probably out of memory", 1),
-    ("sleeps", "fp32", "stopped after 20 s, the limit measure.timeout_s", 1),
+    ("sleeps", "fp32", "stopped after 2 s, the limit measure.timeout_s", 1),
     ("raises", "fp32", "RuntimeError: a bug of the user", 1),
     ("uncapturable", "fp32", "torch.export", 2),
     ("nan_weights", "woq", "finite", 2),
@@ -177,7 +188,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "method", "sentence", "code"), FAULTS, ids=[fault[0] for fault in FAULTS])
 def test_what_fails_becomes_a_record_with_log_and_command(fault, method, sentence, code, project, run):
-    limit = ["measure.timeout_s=20"] if fault == "sleeps" else []
+    limit = ["measure.timeout_s=2"] if fault == "sleeps" else []
     ended = run(project, "task=tiny", "measure=least", f"method={method}", f"task.fault={fault}", *limit)
     assert ended.returncode == code, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout
@@ -216,15 +227,14 @@ def test_a_corrupt_cache_is_one_line(file, project, run):
     assert "delete" in line
 
 
-def test_a_damaged_record_is_told_and_run_again(project, run):
-    one = ["task=tiny", "measure=least", "method=fp32"]
-    assert run(project, *one).returncode == 0
-    (path,) = project.glob("results/runs/*/record.json")
+def test_a_damaged_record_is_told_and_run_again(finished, run):
+    path = finished / "results" / "runs" / records(finished)["woq"].key / "record.json"
     path.write_text(path.read_text()[:-50])
-    ended = run(project, *one)
+    ended = run(finished, SWEEP)
     assert ended.returncode == 0
+    assert "4 cells, 3 finished, 1 to run" in ended.stdout
     assert "record.json" in ended.stderr
-    assert records(project)["fp32"].status == "ok"
+    assert records(finished)["woq"].status == "ok"
 
 
 def test_a_locked_or_foreign_mlflow_database_is_one_line(project, run):
@@ -237,15 +247,11 @@ def test_a_locked_or_foreign_mlflow_database_is_one_line(project, run):
     assert not records(project)
 
 
-def test_records_that_the_store_lacks_are_logged_on_resume(project, run):
-    one = ["task=tiny", "measure=least", "method=fp32"]
-    assert run(project, *one).returncode == 0
-    shutil.rmtree(project / "results" / "artifacts")
-    (project / "results" / "mlflow.db").unlink()
-    assert qbench(project, *one).stdout.startswith("nothing to do")
-    with sqlite3.connect(project / "results" / "mlflow.db") as store:
+def test_records_that_the_store_lacks_are_logged_on_resume(finished, run):
+    assert run(finished, SWEEP).stdout.startswith("nothing to do")
+    with sqlite3.connect(finished / "results" / "mlflow.db") as store:
         keys = {row[0] for row in store.execute("SELECT value FROM tags WHERE key = 'qbench.key'")}
-    assert keys == {records(project)["fp32"].key}
+    assert keys == {record.key for record in records(finished).values()}
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(project, run):
