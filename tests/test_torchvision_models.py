@@ -1,6 +1,6 @@
 """Networks that nobody adapted: torchvision's classifiers as they come, under woq, ptdq and ptsq.
 
-Their weights are random, as torchvision initialises them, with two changes that make the quantities below tell something.
+Their weights are random, as torchvision initialises them, with two changes that make the figures below tell something.
 Batch norms have the statistics of a few forwards and a bias of 1: with a bias of 0 a random network of this depth is
 chaotic (rounding noise of the weights alone, put there by hand, leaves MobileNetV2 9 dB), while in a trained one it is
 not. And the SQNR is that of the results with their mean over the images removed: what is the same for every image would
