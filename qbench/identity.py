@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from qbench import __version__
-from qbench.sources import PROJECT, closure, modules_of_targets
+from qbench.sources import PROJECT, closure, locate, modules_of_targets
 
 # What changes a result without changing what is asked: a longer time-out never gives another number.
 NOT_ASKED = ("timeout_s",)
 # The functions that run in the cell's processes live here; everything else they use is found by following imports.
 ENTRY_MODULES = ("qbench.evaluate", "qbench.measure")
+# What decides how those functions are called; the files that it imports itself change no number.
+CONDUCTORS = ("qbench.cell",)
 # Settings by which users choose the code path of torch and oneDNN.
 KERNEL_SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 # The flags that choose kernels; the rest of /proc/cpuinfo changes with the operating system.
@@ -48,8 +50,8 @@ def cell_hash(
 def sources_hash(task: Mapping[str, Any], backend_module: str) -> str:
     """The content of every source file that runs for a task's cells on a backend."""
     modules = (*ENTRY_MODULES, backend_module, *modules_of_targets(task))
-    files = closure(modules).items()
-    return sha256_of({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files})
+    files = closure(modules) | {name: path for name in CONDUCTORS if (path := locate(name))}
+    return sha256_of({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
 
 
 def key_hash(cell: str, sources: str) -> str:
