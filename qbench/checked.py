@@ -21,8 +21,10 @@ def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tenso
 
     Shapes of activations are not known here; kernels check them when they run.
     """
-    if not isinstance(target, torch._ops.OpOverload):
-        return  # a size operator: Python checks its operands
+    if not isinstance(target, torch._ops.OpOverload):  # a size operator: Python checks its operands
+        if kwargs:
+            raise ValueError(f"{target}: unknown arguments")
+        return
     arguments = target._schema.arguments
     positional = [a.name for a in arguments if not a.kwarg_only]
     given = dict(zip(positional, args, strict=False)) | kwargs

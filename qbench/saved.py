@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
 import math
 import operator
 import re
@@ -68,7 +69,7 @@ def dump(model: QuantizedModel) -> bytes:
     }
     tensors = {name: tensor.detach().clone() for name, tensor in program.tensors.items()}
     content["sha256"] = _digest(content, tensors)
-    return save_tensors(tensors, {KEY: json.dumps(content, sort_keys=True, allow_nan=False)})
+    return save_tensors(tensors, {KEY: json.dumps(content, allow_nan=False)})  # in the order of the program's text
 
 
 def load(path: str | Path, backend: str = "reference") -> QuantizedModel:
@@ -86,7 +87,7 @@ def load(path: str | Path, backend: str = "reference") -> QuantizedModel:
             raise ValueError("its content does not match its sha256: the file is damaged or was altered")
         program = _decode(content, tensors)
         return QuantizedModel(program, content["recipe"], option("backend", backend))
-    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, RecursionError) as error:
+    except Exception as error:  # whatever a file that nobody vouches for makes torch raise is its fault
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise SavedModelError(f"{path} is not a usable qbench model: {reason}") from error
 
@@ -203,41 +204,56 @@ def _decode_input(spec: dict[str, Any]) -> dict[str, Any]:
 def _decode_graph(entries: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.Graph:
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-
-    def decode(value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if not isinstance(value, dict) or len(value) != 1:
-            raise ValueError(f"argument {value!r} is not of this format")
-        ((kind, content),) = value.items()
-        if kind == "node" and type(content) is int and 0 <= content < len(nodes):
-            return nodes[content]
-        if kind in ("list", "tuple") and isinstance(content, list):
-            return (list if kind == "list" else tuple)(decode(item) for item in content)
-        if kind == "float" and content in ("inf", "-inf", "nan"):
-            return float(content)
-        if kind == "dtype" and content in DTYPES:
-            return getattr(torch, content)
-        raise ValueError(f"argument {value!r} is not of this format, or names a node that comes later")
-
     for entry in entries:
         op, name, target = entry["op"], entry["name"], entry["target"]
-        args, kwargs = tuple(decode(arg) for arg in entry["args"]), {k: decode(v) for k, v in entry["kwargs"].items()}
         if not isinstance(name, str) or not NODE_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a node")
+        if not isinstance(entry["args"], list) or not isinstance(entry["kwargs"], dict):
+            raise ValueError(f"node {name}: its arguments are not a list and an object")
+        args = tuple(_decode_argument(arg, nodes) for arg in entry["args"])
+        kwargs = {key: _decode_argument(value, nodes) for key, value in entry["kwargs"].items()}
         if op == "call_function":
             target = find_target(target)
             check_call(target, args, kwargs, tensors)
-        elif op == "get_attr" and target not in tensors:
-            raise ValueError(f"tensor {target!r} is not in the file")
-        elif op not in ("placeholder", "get_attr", "output") or not TENSOR_NAME.fullmatch(str(target)):
-            raise ValueError(f"node {name}: {op} {target!r} is not of this format")
+        else:
+            _check_edge(op, name, target, args, kwargs, tensors)
         nodes.append(graph.create_node(op, target, args, kwargs, name=name))
         nodes[-1].meta["layer"] = str(entry["layer"])
-    if (
-        not nodes
-        or [node.op for node in nodes].index("output") != len(nodes) - 1
-        or not isinstance(nodes[-1].args[0], list | tuple)
-    ):
+    ops = [node.op for node in nodes]
+    if ops.count("output") != 1 or ops[-1] != "output" or not isinstance(nodes[-1].args[0], list | tuple):
         raise ValueError("a program ends with one list of results")
+    names = [node.target for node in nodes if node.op == "placeholder"]
+    if len(set(names)) != len(names):
+        raise ValueError("two inputs have one name")
     return graph
+
+
+def _decode_argument(value: Any, nodes: list[fx.Node]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError(f"argument {value!r} is not of this format")
+    ((kind, content),) = value.items()
+    if kind == "node" and type(content) is int and 0 <= content < len(nodes):
+        return nodes[content]
+    if kind in ("list", "tuple") and isinstance(content, list):
+        return (list if kind == "list" else tuple)(_decode_argument(item, nodes) for item in content)
+    if kind == "float" and content in ("inf", "-inf", "nan"):
+        return float(content)
+    if kind == "dtype" and content in DTYPES:
+        return getattr(torch, content)
+    raise ValueError(f"argument {value!r} is not of this format, or names a node that comes later")
+
+
+def _check_edge(op: Any, name: str, target: Any, args: Any, kwargs: Any, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the node is an input, a tensor of the file, or the result."""
+    words = str(target).split(".")
+    known = {
+        "placeholder": len(words) == 1 and target.isidentifier() and not args,
+        "get_attr": TENSOR_NAME.fullmatch(str(target)) and not args,
+        "output": len(args) == 1,
+    }
+    if op == "get_attr" and target not in tensors:
+        raise ValueError(f"tensor {target!r} is not in the file")
+    if not known.get(op) or kwargs or any(keyword.iskeyword(word) for word in words):
+        raise ValueError(f"node {name}: {op} {target!r} is not of this format")
