@@ -111,7 +111,7 @@ def test_convolutions(recipe: dict[str, str]) -> None:
 def test_convolution_over_one_dimension() -> None:
     layer, x = on_grid(nn.Conv1d(4, 3, 3, stride=2, padding=1)), grid(2, 4, 9, seed=5, step=0.1)
     q = qbench.quantize(layer, (x,), qbench.Recipe(method="ptdq"))
-    wide = nn.Conv2d(4, 3, (1, 3))
+    wide = on_grid(nn.Conv2d(4, 3, (1, 3)))
     wide.weight.data, wide.bias.data = layer.weight.data[:, :, None], layer.bias.data
     window = ((1, 2), ((0, 0), (1, 1)), (1, 1), 1)
     recipe = {"activation_scheme": "affine", "activation_granularity": "per_row"}
@@ -125,7 +125,7 @@ def test_extremes() -> None:
         x = torch.full((2, 2000), high if high else low)
         if alternate:
             x[:, ::2] = low
-        layer = nn.Linear(2000, 2, bias=False)
+        layer = nn.Linear(2000, 2, bias=False).requires_grad_(False)
         layer.weight.data = torch.stack([torch.ones(2000), -torch.ones(2000)])
         network = linear_of(layer, x)
         q = quantize_network(network, qbench.Recipe(method="ptdq"))
