@@ -172,10 +172,9 @@ def _watch(module: fx.GraphModule, tallies: dict[str, Any], batches: list[list[T
 
 def _rebatched(batches: list[list[Tensor]]) -> Iterator[list[Tensor]]:
     """The same samples in batches of one size, so that the caller's batching cannot show in the ranges."""
-    if any(
-        len({leaf.shape[0] for leaf in batch if leaf.dim()}) != 1 or not all(leaf.dim() for leaf in batch)
-        for batch in batches
-    ):
+    samples = [{tuple(leaf.shape[:1]) for leaf in batch} for batch in batches]
+    one_size = all([leaf.shape[1:] for leaf in batch] == [leaf.shape[1:] for leaf in batches[0]] for batch in batches)
+    if not one_size or any(len(counts) != 1 or () in counts for counts in samples):
         yield from batches
         return
     together = [torch.cat(leaves) for leaves in zip(*batches, strict=True)]

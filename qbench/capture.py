@@ -135,12 +135,13 @@ def _unlift(exported: torch.export.ExportedProgram, leaves: list[Tensor]) -> Net
     results = pytree.tree_unflatten(
         list(range(len(exported.graph_signature.output_specs))), exported.call_spec.out_spec
     )
+    values_in = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
     inputs = [
         {
-            "shape": [None if dim == 0 else int(size) for dim, size in enumerate(leaf.shape)],
+            "shape": [None if isinstance(size, torch.SymInt) else int(size) for size in value.shape],
             "dtype": str(leaf.dtype)[6:],
         }
-        for leaf in leaves
+        for leaf, value in zip(leaves, values_in, strict=True)
     ]
     return Network(graph, tensors, inputs, describe(results))
 

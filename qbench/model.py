@@ -40,10 +40,13 @@ class QuantizedModel:
     def int8_mac_fraction(self) -> float | None:
         """The share of multiply-accumulates that the kernels did in int8, None for a network without any.
 
-        Counted over all calls so far; before the first one, over one batch of two examples of zeros.
+        Counted over all calls so far; before the first one, over one batch of two examples of zeros (None where sizes
+        other than the batch's are free).
         """
         if not (self.macs.int8 or self.macs.float32):
             inputs = self.program.inputs
+            if any(None in spec["shape"][1:] for spec in inputs):
+                return None
             dtypes = [getattr(torch, spec["dtype"]) for spec in inputs]
             shapes = [[2 if size is None else size for size in spec["shape"]] for spec in inputs]
             counted = Macs()

@@ -191,6 +191,24 @@ def test_same_padding_that_is_longer_at_the_end() -> None:
         assert np.array_equal(q(WIDER_IMAGES).numpy(), want)
 
 
+def test_other_sizes_than_the_examples() -> None:
+    """Free dimensions come from dynamic_shapes: calibrated on two sizes, run on a third; a fixed batch is fixed."""
+    branch, free = Branch(on_grid(nn.Conv2d(4, 3, 3, padding=1)), ends=square(1, 1)), torch.export.Dim.DYNAMIC
+    calibration = [(IMAGES,), (grid(2, 4, 8, 6, seed=5),)]
+    q = qbench.quantize(
+        branch.module, (IMAGES,), calibration=calibration, dynamic_shapes=({0: free, 2: free, 3: free},)
+    )
+    assert q.int8_mac_fraction is None  # nothing to count over yet
+    recipe = {"granularity": "per_channel", "scheme": "symmetric", "activation_scheme": "affine", "output": "float"}
+    x, seen = grid(1, 4, 4, 9, seed=6), np.concatenate([batch.ravel() for (batch,) in calibration])
+    branch.cache["floats"] = np.zeros(1)  # the accumulator is the result: its range plays no part
+    assert np.array_equal(q(x).numpy(), branch.expected(x.numpy(), seen, recipe))
+    assert q.int8_mac_fraction == 1.0
+    fixed = qbench.quantize(branch.module, (IMAGES,), calibration=[(IMAGES,)], dynamic_shapes=({},))
+    with pytest.raises(ValueError, match=r"input 0 has the shape \[2, 4, 7, 5\], the network takes \[3, 4, 7, 5\]"):
+        fixed(IMAGES[:2])
+
+
 # --- linear layers, clamps, residuals --------------------------------------------------------------------------------
 
 ROWS, WIDER_ROWS = grid(4, 2, 7, seed=5), grid(3, 2, 7, seed=6, limit=20)
