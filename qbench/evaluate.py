@@ -92,10 +92,16 @@ def _weights(task: Task, folder: Path, say: Say | None) -> nn.Module:
         started = time.monotonic()
         task.train(model, say)
         say(f"{task.name}: trained in {time.monotonic() - started:.0f} s")
-        write_atomic(checkpoint, save_tensors({name: t.contiguous() for name, t in model.state_dict().items()}))
-        write_atomic(folder / "weights.sha256", hashlib.sha256(checkpoint.read_bytes()).hexdigest() + "\n")
+        data = save_tensors({name: t.contiguous() for name, t in model.state_dict().items()})
+        write_atomic(folder / "weights.sha256", hashlib.sha256(data).hexdigest() + "\n")
+        write_atomic(checkpoint, data)  # last: killed before this line, the next run trains again
     if task.train is not None:
-        model.load_state_dict(_read_checked(checkpoint, folder / "weights.sha256"))
+        try:
+            model.load_state_dict(_read_checked(checkpoint, folder / "weights.sha256"))
+        except RuntimeError as error:  # torch's word for other names and shapes, on many lines
+            raise ValueError(
+                f"{checkpoint} is of another network; delete the folder {folder} to make it again"
+            ) from error
     return model.eval().requires_grad_(False)
 
 
