@@ -7,12 +7,13 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from user_project import command, environment, make, qbench
+from user_project import TEMPORARY, command, environment, make, qbench
 
 from qbench import cli, workers
 from qbench.record import read_record
@@ -60,6 +61,7 @@ def run(monkeypatch, capsys):
         monkeypatch.chdir(folder)
         monkeypatch.syspath_prepend(folder)
         monkeypatch.setattr(workers, "stop", lambda: None)
+        monkeypatch.setattr(tempfile, "tempdir", TEMPORARY)
         capsys.readouterr()
         code = cli.main(["--config-dir", "my", *arguments])
         return Ended(code, *capsys.readouterr())
@@ -274,7 +276,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(project, run):
 def test_kill_9_at_random_moments_loses_the_running_cell_at_most(project):
     chance = random.Random(7)
     kept: dict[str, str] = {}
-    for _ in range(6):
+    for _ in range(4):
         running = start(project)
         time.sleep(chance.uniform(2, 15))
         running.kill()

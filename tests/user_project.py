@@ -1,11 +1,17 @@
 """A user's own project: a folder with one module and one YAML, a network so small that a cell takes a few seconds."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# The lock of timings lies in the folder for temporary files; these tests do not look at times.
+TEMPORARY = tempfile.mkdtemp(prefix="qbench-tests-")
+atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
 
 TASK = '''
 """A user's task; `fault` breaks it in one of the ways in which tasks break."""
@@ -109,8 +115,8 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Finds qbench in this checkout from any folder."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "140"}
+    """Finds qbench in this checkout from any folder; no waiting for the timings of other qbenches."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "140", "TMPDIR": TEMPORARY}
 
 
 def qbench(folder: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
