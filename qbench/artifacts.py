@@ -39,9 +39,13 @@ def write_artifacts(
     if measure.layers and recipe.applies("granularity"):
         say("per-layer table")
         write_atomic(folder / "layers.csv", as_csv(layer_table(network, recipe, model, inputs)))
-    if measure.figures:
+    if measure.figures and _has_layers(network):
         say("figures")
         _figures(folder, task_folder / "figures", network, inputs)
+
+
+def _has_layers(network: Network) -> bool:
+    return any(node.op == "call_function" and layer_call(node) is not None for node in network.graph.nodes)
 
 
 def _figures(folder: Path, made: Path, network: Network, inputs: tuple[Tensor, ...]) -> None:
