@@ -133,8 +133,8 @@ def test_nested_results_keep_their_form(tmp_path: Path) -> None:
 
 def test_every_move_of_codes_can_be_saved() -> None:
     """Fusion and the file's closed set of calls agree."""
+    from qbench.encoded import target_name
     from qbench.fusion import CLAMPS, MOVES
-    from qbench.saved import target_name
 
     for target in [*MOVES, *CLAMPS]:
         target_name(target)
@@ -442,3 +442,14 @@ def test_what_cannot_be_saved_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"operation 'aten\.\S+' is not one that a saved program may call"):
         q.save(tmp_path / "m.qb")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"tensor weight is torch\.bfloat16; tensors of a program are float32, "):
+        qbench.quantize(nn.Linear(4, 4).bfloat16(), (x.bfloat16(),), qbench.Recipe(method="fp32")).save(
+            tmp_path / "m.qb"
+        )
+
+
+def test_a_conversion_to_half_precision_is_saved(tmp_path: Path) -> None:
+    model, x = on_grid(Apply(lambda m, x: m.layers[0](x).half().float() * 2, nn.Linear(4, 4))), grid(3, 4, seed=2)
+    q = qbench.quantize(model, (x,), calibration=[(x,)])
+    q.save(tmp_path / "m.qb")
+    assert torch.equal(load(tmp_path / "m.qb")(x), q(x))
