@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -23,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qbench: interrupted; what is finished is kept", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, `head` say, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except (UsageError, OSError) as error:
         print(f"qbench: {one_line(error)}", file=sys.stderr)
         return MISUSE
