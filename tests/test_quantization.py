@@ -17,6 +17,8 @@ from qbench.quantization import quantize_network
 from qbench.recipe import AXES, Recipe
 from qbench.saved import dump
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # --- all pairs of recipes --------------------------------------------------------------------------------------------
 
 SHAPE = (3, 10, 10)
@@ -40,15 +42,6 @@ def heavy_tailed(seed):
     """A batch with a few outliers, more in each batch than in the one before: what observers disagree about."""
     random = torch.Generator().manual_seed(seed)
     return torch.randn(16, *SHAPE, generator=random) ** 3 * (1 + seed)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors of a few thousand numbers: handing them to a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

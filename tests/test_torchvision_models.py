@@ -22,6 +22,8 @@ from qbench.quantization import quantize_network
 from qbench.recipe import Recipe
 from qbench.saved import load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = 64
 BATCH = 16
 
@@ -36,14 +38,6 @@ FLOORS_DB = {
 }
 SLOW = {"densenet121"}
 METHODS = ("woq", "ptdq", "ptsq")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def images(seed, count=BATCH):
