@@ -106,6 +106,14 @@ def test_saturate_is_the_specification(values: list[float], zero_point: int, a: 
     assert numerics.saturate(f32(values), zero_point, q_min, q_max).tolist() == want
 
 
+@given(SCALES, SCALES, SCALES)
+def test_a_multiplier_is_computed_in_float64_and_rounded_once(x: float, w: float, y: float) -> None:
+    want = oracle.multiplier(x, w, y) if 2.0**-120 < x * w / y < 2.0**120 else None
+    if want is not None:
+        assert float(numerics.multiplier(x, torch.tensor([[w]]), y)) == float(want)
+        assert float(numerics.multiplier(x, w, y)) == float(want)
+
+
 # --- activations -----------------------------------------------------------------------------------------------------
 
 

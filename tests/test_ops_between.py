@@ -256,6 +256,19 @@ def test_means(dims: list[int], keepdim: bool) -> None:
         assert np.array_equal(got, want if keepdim else want.squeeze(axes)), kind
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_means_near_ties(seed: int) -> None:
+    """Rows of 4095 codes whose sums lie around (k + 1/2) / m: the multiplier's last bit decides."""
+    x, y = (q(scale, 0) for scale in np.random.default_rng(seed).uniform(0.01, 0.02, 2))
+    m = F32(x.scale / (4095 * y.scale))
+    totals = [t for k in range(255) for d in (-1, 0, 1) if (t := round((k + 0.5) / float(m)) + d) <= 255 * 4095]
+    codes = np.array([[t // 4095] * 4095 for t in totals])
+    for row, total in zip(codes, totals, strict=True):
+        row[: total % 4095] += 1
+    want = [oracle.averaged(total, 4095, x, y) for total in totals]
+    assert run_op("mean", codes, dim=[1], keepdim=False, **read_by(x), **result_of(y)).tolist() == want
+
+
 def codes_to_average() -> dict[str, np.ndarray]:
     shape = (2, 3, 7, 6)
     alternating = np.where(np.indices(shape).sum(0) % 2, 255, 0)
@@ -383,6 +396,9 @@ def test_a_batch_norm_before_a_layer() -> None:
     beta = norm.bias.double().numpy() - norm.running_mean.double().numpy() * gamma
     floats = X.double().numpy() * gamma[:, None, None] + beta[:, None, None]
     x, y = oracle.result_range(X.numpy(), "affine"), oracle.result_range(floats, "affine", 0.0)
+    held = {name.rpartition(".")[2]: tensor for name, tensor in quantized.program.tensors.items()}
+    assert held["gamma"].tolist() == [float(F32(g * x.scale / y.scale)) for g in gamma]
+    assert held["beta"].tolist() == [float(F32(b / y.scale)) for b in beta]
     codes = oracle.codes(WIDER, x)
     want = np.zeros(codes.shape, np.int64)
     for index in np.ndindex(*codes.shape):

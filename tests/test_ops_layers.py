@@ -415,6 +415,57 @@ def test_extremes_of_convolutions(x_zero: int, w_zero: int, groups: int) -> None
             assert np.array_equal(got, rounded(sums, m, y)), (x_kind, w_kind, y)
 
 
+SCALES = np.random.default_rng(70).uniform(0.001, 0.1, (12, 4)).astype(np.float32).astype(float).tolist()
+
+
+def near_ties(m: float, shift: float = 0.0) -> list[int]:
+    """The integers around (k + 1/2 - shift) / m: what they round to hangs on the last bit of every step."""
+    return [round((k + 0.5 - shift) / m) + d for k in range(-100, 155) for d in (-2, -1, 0, 1, 2)]
+
+
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+def test_near_ties(scales: list[float]) -> None:
+    """Sums up to 2^25, so f32(acc) rounds too; with and without a residual that is added before rounding."""
+    x_q, w_q, y_q, r_q = (Q(scale, 100, 0, 255) for scale in scales)
+    x_q, w_q = Q(x_q.scale / 64, 5, 0, 255), Q(w_q.scale / 64, 0, -128, 127)
+    m, m_r = (oracle.multiplier(a, b, y_q.scale) for a, b in ((x_q.scale, w_q.scale), (r_q.scale, 1.0)))
+    for residual in (None, 213):
+        added = None if residual is None else oracle.F32(residual - r_q.zero_point) * m_r
+        sums = np.array(near_ties(float(m), 0.0 if added is None else float(added)), dtype=object)
+        weight = {"weight": np.zeros((len(sums), 1), np.int8), "weight_zero_point": None, "block": 1}
+        weight |= {"weight_scale": np.full((1, 1), w_q.scale, np.float32), "bias": sums.astype(np.int32)}
+        activations = [np.array([[5]])] if residual is None else [np.array([[5]]), np.full((1, len(sums)), residual)]
+        got = run_op("linear", *activations, **weight, **read_by(x_q), **read_by(r_q, "residual"), **result_of(y_q))
+        values = [oracle.F32(acc) * m if added is None else oracle.F32(acc) * m + added for acc in sums]
+        assert got.tolist() == [[oracle.requantize(v, 100, 0, 255) for v in values]]
+
+
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+def test_near_ties_in_blocks(scales: list[float]) -> None:
+    """t = f32(b / s_y); t = t + f32(acc_g) * m_g, one block after the other."""
+    x_q, y_q, w_scales = Q(scales[0], 100, 0, 255), Q(scales[1], 90, 0, 255), [scales[2], scales[3], scales[2] / 3]
+    w_scales = [float(np.float32(s)) for s in w_scales]
+    codes, weight = [255, 17, 131], [127, -90, 55]
+    m = [oracle.multiplier(x_q.scale, s, y_q.scale) for s in w_scales]
+    sums = [(c - 100) * w for c, w in zip(codes, weight, strict=True)]
+    shift = sum(acc * float(step) for acc, step in zip(sums, m, strict=True))
+    middle = [np.float32((k + 0.5 - shift) * y_q.scale) for k in range(-80, 160)]
+    bias = np.array([b for c in middle for b in (np.nextafter(c, -np.inf), c, np.nextafter(c, np.inf))], np.float32)
+    got = run_op(
+        "linear",
+        np.array([codes]),
+        weight=np.tile(np.array(weight, np.int8), (len(bias), 1)),
+        weight_scale=np.tile(np.array(w_scales, np.float32), (len(bias), 1)),
+        weight_zero_point=None,
+        bias=bias,
+        block=1,
+        **read_by(x_q),
+        **result_of(y_q),
+    )
+    values = [oracle.layer_value(sums, m, 0, oracle.F32(float(b) / y_q.scale)) for b in bias]
+    assert got.tolist() == [[oracle.requantize(v, 90, 0, 255) for v in values]]
+
+
 @pytest.mark.parametrize("taps", [(16, 16), (6, 43), (7, 37), (17, 17)])
 def test_depthwise_sums_are_exact_around_the_limit_of_float32(taps: tuple[int, int]) -> None:
     """258 taps of 255 * 255 stay below 2^24, 259 do not; the bias leaves 1 of the sum, which shows its last bit."""
