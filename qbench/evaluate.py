@@ -67,8 +67,15 @@ def fp32_model(task_config: dict[str, Any], prepared: dict[str, Any]) -> nn.Modu
 def example_batch(task_config: dict[str, Any], batch: int) -> tuple[Tensor, ...]:
     """Input tensors of `batch` calibration examples, repeated when there are fewer."""
     task: Task = instantiate(task_config)
-    together = [torch.cat(leaves) for leaves in zip(*task.calibration(), strict=True)]
+    together = [torch.cat(leaves) for leaves in zip(*_calibration(task), strict=True)]
     return tuple(leaf.repeat(-(-batch // len(leaf)), *[1] * (leaf.dim() - 1))[:batch].contiguous() for leaf in together)
+
+
+def _calibration(task: Task) -> list[tuple[Tensor, ...]]:
+    batches = task.calibration()
+    if not batches:
+        raise ValueError(f"task {task.name} has no calibration data: return a list of input tuples from calibration()")
+    return batches
 
 
 def _task_sources(task_config: dict[str, Any]) -> dict[str, str]:
@@ -161,7 +168,7 @@ def evaluate(
     measure = Measure.of(measure_config)
     say("quantizing")
     model = fp32_model(task_config, prepared)
-    calibration = task.calibration()
+    calibration = _calibration(task)
     network = capture(model, calibration[0])
     started = time.monotonic()
     quantized = quantize_network(network, recipe, calibration if recipe.method.needs_calibration else None)
