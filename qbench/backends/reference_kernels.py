@@ -93,7 +93,8 @@ class _ConvSums:
         self.dilation = [1] * self.flat + c["dilation"]
         self.groups, self.block, self.macs = c["groups"], c["block"], macs
         taps = math.prod(self.weight.shape[2:])
-        self.depthwise = self.weight.shape[1] == 1 and taps * 255 * 255 < LARGEST_EXACT_FLOAT32
+        one_input_a_group = self.weight.shape[1] == 1 and self.groups > 1
+        self.depthwise = one_input_a_group and taps * 255 * 255 < LARGEST_EXACT_FLOAT32
 
     def __call__(self, x: Tensor) -> Iterator[Tensor]:
         windows = self._windows(x.unsqueeze(2) if self.flat else x)
