@@ -19,7 +19,7 @@ from tasks import efficientnet_lite0, fashion_mnist, mobilenet_v2, photos, resne
 from tasks import torchvision as any_torchvision
 from tasks.batch_norm import settle_batch_norm
 from tasks.small_maps import small_maps_as_products
-from tasks.training import Schedule, flip_half, one_cycle, train
+from tasks.training import Schedule, one_cycle, train
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
 
@@ -200,14 +200,6 @@ def test_one_cycle_rises_to_one_and_falls_to_zero():
     assert one_cycle(0.25) == 1
     assert one_cycle(0.625) == pytest.approx(0.5)
     assert one_cycle(1) == 0
-
-
-def test_flip_half_mirrors_about_half_and_changes_nothing_else():
-    images = torch.arange(400 * 4.0).view(400, 1, 2, 2)
-    flipped = flip_half(images, torch.Generator().manual_seed(0))
-    same = (flipped == images).all((1, 2, 3))
-    assert 150 < same.sum() < 250
-    assert torch.equal(flipped[~same], images[~same].flip(-1))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
