@@ -14,7 +14,7 @@ from qbench.task import Task
 from tasks import fashion_mnist
 from tasks.training import Schedule, train
 
-SCHEDULE = Schedule(sizes=((16, 1), (28, 2)), batch=128, learning_rate=0.05)
+SCHEDULE = Schedule(sizes=((16, 2), (28, 2)), batch=128, learning_rate=0.05)
 
 
 def task(full_data: str | None = None, seed: int = 0) -> Task:

@@ -15,7 +15,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 # What makes the long ones short: the same commands with a small network, a few examples, one process of timing.
 SHORT = ["measure=quick", "measure.examples=64", "measure.rounds=2", "measure.block_ms=1", "measure.figures=false"]
-MINE = ["--config-dir", "my", "task=my_cnn", "method=woq", "granularity=per_tensor", "scheme=symmetric"]
+MINE = ["--config-dir", "my", "task=my_cnn"]
+NARROW = {"method": "woq", "granularity": "per_tensor", "scheme": "symmetric"}
 
 
 def blocks(language: str) -> list[str]:
@@ -32,13 +33,13 @@ def own_part(command: str) -> list[str]:
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    if arguments[:3] != ["python", "-m", "qbench"] or "--help" in arguments:
+    """The reader's own small network, and of each axis that the command leaves open one value."""
+    if "--help" in arguments or "dry_run=true" in arguments:
         return arguments
-    if any(argument.startswith("task=") and "my_cnn" in argument for argument in arguments):
-        return arguments + SHORT + (MINE[3:] if "+sweep=all" in arguments else [])
-    if "dry_run=true" in arguments:
-        return arguments
-    return [argument for argument in arguments if not argument.startswith("task=")] + SHORT + MINE[:3]
+    kept = [argument for argument in arguments if not argument.startswith("task=") and argument not in MINE]
+    given = {argument.split("=")[0] for argument in arguments}
+    narrow = [f"{axis}={value}" for axis, value in NARROW.items() if axis not in given and "+sweep=smoke" not in given]
+    return [*kept, *MINE, *SHORT, *narrow]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_the_tutorial_works(tmp_path):
 
 def test_mlflow_serves_the_runs(reader):
     if not (reader / "results/mlflow.db").exists():
-        assert run(["python", "-m", "qbench", *SHORT, *MINE], reader).returncode == 0
+        assert run(shortened(["python", "-m", "qbench"]), reader).returncode == 0
     (command,) = [command for command in commands() if command.startswith("mlflow")]
     arguments = [str(Path(sys.executable).parent / "mlflow"), *shlex.split(command)[1:], "--port", "5057"]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
