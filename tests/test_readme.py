@@ -39,7 +39,7 @@ def shortened(arguments: list[str]) -> list[str]:
     kept = [argument for argument in arguments if not argument.startswith("task=") and argument not in MINE]
     given = {argument.split("=")[0] for argument in arguments}
     narrow = [f"{axis}={value}" for axis, value in NARROW.items() if axis not in given and "+sweep=smoke" not in given]
-    return [*kept, *MINE, *SHORT, *narrow]
+    return [*kept[:3], *MINE, *kept[3:], *SHORT, *narrow]
 
 
 @pytest.fixture(scope="module")

@@ -308,7 +308,13 @@ def test_two_sweeps_of_one_folder_do_not_tidy_each_other(project, run):
 
 def start(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(SWEEP), cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(SWEEP),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # under nohup it is ignored
     )
 
 

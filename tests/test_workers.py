@@ -150,7 +150,11 @@ def test_children_die_with_their_parent(number, tmp_path):
         from qbench import workers
         workers.run("{HERE}:starts_a_process", {{"pids": {str(pids)!r}}}, log=Path({str(tmp_path / "log.txt")!r}))
     """
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # under nohup it is ignored
+    )
     assert _until(lambda: pids.exists() and len(pids.read_text().split()) == 2, 60)
     parent.send_signal(number)
     parent.wait(30)
