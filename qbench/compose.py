@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +45,30 @@ class Composer:
             self._master = self._compose_master()
 
     def jobs(self) -> Iterator[Job]:
-        """Every combination that the command line asks for, composed."""
-        for overrides in self._combinations():
-            yield self.job(overrides)
+        """Every combination that the command line asks for, composed.
+
+        Hydra takes 0.1 s for each. Where no two of the varied overrides touch the same part of the configuration, each
+        of their values is composed once, and the combinations are put together from the parts.
+        """
+        combinations = self._combinations()
+        first = self.job(combinations[0])
+        yield first
+        changes = self._changes(first, combinations[1:])
+        for overrides in combinations[1:]:
+            yield self.job(overrides) if changes is None else _put_together(first, changes, overrides)
+
+    def _changes(self, first: Job, others: Sequence[Sequence[str]]) -> dict[tuple[int, str], Job] | None:
+        """What each override that differs from the first job's changes, by its place; None where they touch."""
+        changes: dict[tuple[int, str], Job] = {}
+        owners: dict[str, int] = {}
+        for place, text in dict.fromkeys(entry for overrides in others for entry in enumerate(overrides)):
+            if text == first.overrides[place]:
+                continue
+            varied = self.job([*first.overrides[:place], text, *first.overrides[place + 1 :]])
+            changes[place, text] = change = _difference(first, varied)
+            if any(owners.setdefault(name, place) != place for name in {*change.values, *change.choices}):
+                return None
+        return changes
 
     def job(self, overrides: Sequence[str]) -> Job:
         """One combination, composed."""
@@ -138,6 +159,22 @@ def _hydra(config_dir: str | None) -> Hydra:
         search_path.prepend(provider="command-line", path=f"file://{Path(config_dir).resolve()}", anchor=query)
     close()
     return Hydra.create_main_hydra2("qbench", search_path)
+
+
+def _difference(first: Job, other: Job) -> Job:
+    """The parts of `other` that differ from `first`."""
+    values = {name: value for name, value in other.values.items() if value != first.values.get(name)}
+    choices = {name: choice for name, choice in other.choices.items() if choice != first.choices.get(name)}
+    return Job(values, choices, other.overrides)
+
+
+def _put_together(first: Job, changes: Mapping[tuple[int, str], Job], overrides: Sequence[str]) -> Job:
+    values, choices = dict(first.values), dict(first.choices)
+    for entry in enumerate(overrides):
+        if entry in changes:
+            values |= changes[entry].values
+            choices |= changes[entry].choices
+    return Job(values, choices, tuple(overrides))
 
 
 def _job(config: DictConfig, overrides: Sequence[str]) -> Job:

@@ -118,10 +118,11 @@ class _ConvSums:
 
     def _product(self, windows: Tensor, inputs: slice) -> Tensor:
         n, _, oh, ow, _, _ = windows.shape
+        weight = self.weight[:, inputs].flatten(1).unflatten(0, (self.groups, -1))
         by_group = windows.unflatten(1, (self.groups, -1))[:, :, inputs]
-        columns = by_group.permute(1, 2, 5, 6, 0, 3, 4).reshape(self.groups, -1, n * oh * ow)
-        weight = self.weight[:, inputs].reshape(self.groups, -1, columns.shape[1])
-        return torch.bmm(weight, columns).reshape(-1, n, oh, ow).transpose(0, 1)
+        by_tap = by_group.permute(1, 2, 5, 6, 0, 3, 4)
+        columns = by_tap.reshape(self.groups, weight.shape[2], n * oh * ow)  # no -1: a batch may be empty
+        return torch.bmm(weight, columns).reshape(len(self.weight), n, oh, ow).transpose(0, 1)
 
     def _depthwise(self, windows: Tensor, inputs: slice) -> Tensor:
         """One input a group: tap by tap, in float32 because it is exact here."""
@@ -181,7 +182,7 @@ def _dynamic(sums: Sums, c: Constants) -> Kernel:
     codes = scheme.codes(UINT8_MIDDLE)
 
     def run(x: Tensor) -> Tensor:
-        over = sums.row(x) if per_row else tuple(range(x.dim()))
+        over = sums.row(x) if per_row or not len(x) else tuple(range(x.dim()))
         lo, hi = x.amin(over, keepdim=True).double(), x.amax(over, keepdim=True).double()
         if not bool((lo.isfinite() & hi.isfinite()).all()):
             raise ValueError("dynamic quantization met a value that is not finite (NaN or infinity)")
