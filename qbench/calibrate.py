@@ -1,4 +1,4 @@
-"""Calibration: the range of every activation, then the scale and zero point of everything (ptsq)."""
+"""Calibration: the range of every activation, then the scale and zero point of everything (ptsq, qat)."""
 
 from __future__ import annotations
 
@@ -53,13 +53,15 @@ class LayerWeights:
 class Plan:
     """A fused network with everything that quantizing it needs.
 
-    `qparams` tells how the value of a node reads as codes, `layers` the quantized parameters of the layers, both by
-    node name; `accumulators` names the layers that hand over their float accumulator. The simulation and the int8
-    program are made from the same plan.
+    `ranges` holds the lowest and highest value of each activation that is rounded. `choose` derives from them and the
+    network's tensors how the value of a node reads as codes (`qparams`) and the quantized parameters of the layers
+    (`layers`), all by node name; `accumulators` names the layers that hand over their float accumulator. The simulation
+    and the int8 program are made from the same plan.
     """
 
     network: Network
     recipe: Recipe
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     qparams: dict[str, QParams] = field(default_factory=dict)
     layers: dict[str, LayerWeights] = field(default_factory=dict)
     accumulators: set[str] = field(default_factory=set)
@@ -86,14 +88,31 @@ def calibrate(network: Network, recipe: Recipe, batches: list[list[Tensor]]) -> 
     refuse_float_macs(plan.network.graph, kept)
     _require_finite_constants(plan)
     plan.accumulators = _accumulators(plan)
-    observed = _observed(plan)
-    ranges = _ranges(plan, observed, batches)
+    plan.ranges = _ranges(plan, _observed(plan), batches)
+    choose(plan)
+    check_sums(plan)
+    return plan
+
+
+@torch.no_grad()
+def choose(plan: Plan) -> None:
+    """Every scale, zero point and code, from the ranges and the network's tensors as they are now.
+
+    Raises ValueError naming the layer whose parameters are not finite.
+    """
     for node in plan.network.graph.nodes:
-        _choose(plan, node, ranges)
+        _choose(plan, node)
     _share_with_cat(plan)
     for node in plan.nodes(*LAYERS):
         plan.layers[node.name] = _layer_weights(plan, node)
-    return plan
+
+
+def check_sums(plan: Plan) -> None:
+    """Raise ValueError naming the layer whose int32 sum could overflow."""
+    for node in plan.nodes(*LAYERS):
+        layer = plan.layers[node.name]
+        on_grid = layer.bias if layer.weight.scale.shape[1] == 1 else None
+        check_accumulator(node.meta["layer"] or node.name, layer.weight, on_grid)
 
 
 def _require_finite_constants(plan: Plan) -> None:
@@ -172,19 +191,26 @@ def _watch(module: fx.GraphModule, tallies: dict[str, Any], batches: list[list[T
 
 def _rebatched(batches: list[list[Tensor]]) -> Iterator[list[Tensor]]:
     """The same samples in batches of one size, so that the caller's batching cannot show in the ranges."""
+    together = joined(batches)
+    if together is None:
+        yield from batches
+    else:
+        yield from (list(leaves) for leaves in zip(*(leaf.split(REBATCHED) for leaf in together), strict=True))
+
+
+def joined(batches: list[list[Tensor]]) -> list[Tensor] | None:
+    """All samples as one batch; None where their shapes differ, or the tensors of a batch do not count the same."""
     samples = [{tuple(leaf.shape[:1]) for leaf in batch} for batch in batches]
     one_size = all([leaf.shape[1:] for leaf in batch] == [leaf.shape[1:] for leaf in batches[0]] for batch in batches)
     if not one_size or any(len(counts) != 1 or () in counts for counts in samples):
-        yield from batches
-        return
-    together = [torch.cat(leaves) for leaves in zip(*batches, strict=True)]
-    yield from (list(leaves) for leaves in zip(*(leaf.split(REBATCHED) for leaf in together), strict=True))
+        return None
+    return [torch.cat(leaves) for leaves in zip(*batches, strict=True)]
 
 
-def _choose(plan: Plan, node: fx.Node, ranges: dict[str, tuple[float, float]]) -> None:
+def _choose(plan: Plan, node: fx.Node) -> None:
     """The scale and zero point of one node's value, when it is read as codes."""
-    if node.name in ranges:
-        chosen = activation_qparams(*ranges[node.name], plan.recipe.activation_scheme)
+    if node.name in plan.ranges:
+        chosen = activation_qparams(*plan.ranges[node.name], plan.recipe.activation_scheme)
         plan.qparams[node.name] = chosen.narrowed(node.kwargs.get("low"), node.kwargs.get("high"))
     elif plan.holds_codes(node):
         source = plan.qparams[node.args[0].name]
@@ -227,6 +253,6 @@ def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
         quantized = quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size, floor)
     except ValueError as error:
         raise ValueError(f"layer {node.meta['layer'] or node.name}: {error}") from error
-    on_grid = quantize_bias(bias, x_scale, quantized.scale) if bias is not None and one_block else None
-    check_accumulator(node.meta["layer"] or node.name, quantized, on_grid)
-    return LayerWeights(quantized, on_grid if one_block else bias)
+    if bias is not None and one_block:
+        bias = quantize_bias(bias, x_scale, quantized.scale)
+    return LayerWeights(quantized, bias)

@@ -45,9 +45,9 @@ def _module(network: Network) -> fx.GraphModule:
     return fx.GraphModule(root, network.graph)
 
 
-def attach(tensors: dict[str, Tensor]) -> nn.Module:
-    """A module tree that holds each tensor under its dotted name, as buffers."""
-    root = nn.Module()
+def attach(tensors: dict[str, Tensor], root: nn.Module | None = None) -> nn.Module:
+    """A module tree (below `root`) that holds each tensor under its dotted name, as a buffer; a parameter stays one."""
+    root = nn.Module() if root is None else root
     for name, tensor in tensors.items():
         *path, leaf = name.split(".")
         module = root
@@ -55,7 +55,10 @@ def attach(tensors: dict[str, Tensor]) -> nn.Module:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
-        module.register_buffer(leaf, tensor)
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(leaf, tensor)
+        else:
+            module.register_buffer(leaf, tensor)
     return root
 
 

@@ -1,4 +1,4 @@
-"""From a plan to an int8 program: one rule for each node of the fused network (ptsq)."""
+"""From a plan to an int8 program: one rule for each node of the fused network (ptsq, qat)."""
 
 from __future__ import annotations
 

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from qbench import metrics
 from qbench.artifacts import write_artifacts
-from qbench.capture import capture
+from qbench.capture import Network, capture
 from qbench.config import instantiate
+from qbench.distillation import Distillation
+from qbench.figures import loss_figure
 from qbench.identity import sha256_of
 from qbench.measure import Measure
 from qbench.model import QuantizedModel
-from qbench.quantization import quantize_network
+from qbench.quantization import checked_batches, quantize_network
 from qbench.recipe import AXES, Recipe
 from qbench.record import write_atomic
 from qbench.saved import dump, load
@@ -135,6 +137,8 @@ def _data(task: Task, examples: Examples) -> Iterator[tuple[str, Tensor]]:
     """Everything that calibrates and judges, by name."""
     for number, batch in enumerate(task.calibration()):
         yield from ((f"calibration {number} {i}", leaf) for i, leaf in enumerate(batch))
+    for number, batch in enumerate(task.fine_tuning() if task.fine_tuning else ()):
+        yield from ((f"fine-tuning {number} {i}", leaf) for i, leaf in enumerate(batch))
     yield from ((f"input {i}", leaf) for i, leaf in enumerate(examples.inputs))
     yield from ((name, t) for name, t in (("targets", examples.targets), ("units", examples.units)) if t is not None)
 
@@ -170,8 +174,9 @@ def evaluate(
     model = fp32_model(task_config, prepared)
     calibration = _calibration(task)
     network = capture(model, calibration[0])
+    trainer = _trainer(task, network, recipe, calibration, say)
     started = time.monotonic()
-    quantized = quantize_network(network, recipe, calibration if recipe.method.needs_calibration else None)
+    quantized = quantize_network(network, recipe, calibration, fine_tune=trainer)
     quantize_s = time.monotonic() - started
     path = Path(folder) / "model.qb"
     quantized.save(path)
@@ -185,12 +190,27 @@ def evaluate(
     if saved.macs.int8_fraction is not None:
         found["metrics"]["int8_mac_fraction"] = saved.macs.int8_fraction
     write_artifacts(Path(folder), Path(prepared["folder"]), network, recipe, saved, calibration, measure, say)
+    if trainer is not None:
+        found["details"] |= {"fine_tuning": trainer.summary}
+        if measure.figures:
+            loss_figure(trainer.losses, trainer.frozen_at, Path(folder) / "fine_tuning.png")
     return {
         **found,
         "granularity_effective": granularity_effective(saved) if recipe.applies("granularity") else None,
         "notes": found["notes"] + (["batch_dependent"] if _batch_dependent(recipe) else []),
         "details": {**found["details"], "float_ops": saved.float_ops},
     }
+
+
+def _trainer(
+    task: Task, network: Network, recipe: Recipe, calibration: list[tuple[Tensor, ...]], say: Say
+) -> Distillation | None:
+    """What fine-tunes, for a method that trains."""
+    if not recipe.method.trains:
+        return None
+    inputs = calibration if task.fine_tuning is None else task.fine_tuning()
+    trainer: Distillation = recipe.method.trainer(network, checked_batches(network, "fine-tuning", inputs), say)
+    return trainer
 
 
 def _recipe(config: dict[str, Any]) -> Recipe:

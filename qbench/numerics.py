@@ -112,8 +112,8 @@ def _spread(per_block: Tensor, block: int, weight: Tensor) -> Tensor:
 def weight_range(weight: Tensor, granularity: Granularity, group_size: int) -> tuple[Tensor, Tensor, int]:
     """lo, hi (float64, [outputs or 1, blocks], zero included) and the block, for a weight [outputs, inputs, ...]."""
     block = max(granularity.block(weight.shape[1], group_size), 1)
-    blocks = _blocks(weight.double(), block, 0.0)
-    lo, hi = blocks.amin(2).clamp(max=0.0), blocks.amax(2).clamp(min=0.0)
+    blocks = _blocks(weight, block, 0.0)
+    lo, hi = blocks.amin(2).double().clamp(max=0.0), blocks.amax(2).double().clamp(min=0.0)
     if granularity.channels_share:
         lo, hi = lo.amin((0, 1), keepdim=True), hi.amax((0, 1), keepdim=True)
     return lo, hi, block

@@ -51,7 +51,8 @@ class Task:
     `build` makes the network (seeded, so that the same call makes the same weights). `train`, if given, trains it in
     place on first use, saying how far it is through its second argument, `say(text)`; qbench caches the result. Without
     it `build` returns the final weights. `calibration` returns batches (tuples of tensors) which are never evaluation
-    examples. Nothing is loaded or computed before one of the functions is called.
+    examples; so does `fine_tuning`, the inputs on which qat learns to give the float results again (without it, those
+    of calibration). Nothing is loaded or computed before one of the functions is called.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     calibration: Callable[[], list[tuple[Tensor, ...]]]
     evaluation: Callable[[], Examples]
     train: Callable[[nn.Module, Callable[[str], None]], None] | None = None
+    fine_tuning: Callable[[], list[tuple[Tensor, ...]]] | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

@@ -26,6 +26,7 @@ def task(full_data: str | None = None, seed: int = 0) -> Task:
         build=partial(build, seed),
         train=partial(fit, full_data, seed),
         calibration=fashion_mnist.calibration,
+        fine_tuning=fashion_mnist.fine_tuning,
         evaluation=fashion_mnist.evaluation,
     )
 

@@ -11,8 +11,8 @@ from qbench import cli
 # What is given, and words that the one line must hold: what was given, what is allowed or what to do.
 BAD_INPUT = [
     (["methd=ptsq"], ["unknown option 'methd'", "did you mean method"]),
-    (["method=ptqs"], ["method=ptqs", "fp32, ptdq, ptsq, woq", "did you mean ptsq"]),
-    (["method="], ["method=", "fp32, ptdq, ptsq, woq"]),
+    (["method=ptqs"], ["method=ptqs", "fp32, ptdq, ptsq, qat, woq", "did you mean ptsq"]),
+    (["method="], ["method=", "fp32, ptdq, ptsq, qat, woq"]),
     (["method=[ptsq,woq]"], ["method", "-m method=...,..."]),
     (["method=ptsq,woq"], ["method=ptsq,woq", "add -m"]),
     (["~method"], ["method: give exactly one"]),
@@ -102,7 +102,7 @@ def test_help_tells_groups_sweeps_and_examples(project):
     assert ended.returncode == 0
     for text in (
         "+sweep=all",
-        "method: fp32, ptdq, ptsq, woq",
+        "method: fp32, ptdq, ptsq, qat, woq",
         "sweep: activations, all",
         "group_size: 64",
         "Exit codes",
