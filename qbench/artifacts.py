@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qbench import figures
 from qbench.capture import Network
-from qbench.fusion import layer_call
+from qbench.fusion import layer_call, layer_weight
 from qbench.layers import Recorder, as_csv, layer_table
 from qbench.measure import Measure
 from qbench.model import QuantizedModel
@@ -78,7 +78,7 @@ def skewed_activation(network: Network, inputs: tuple[Tensor, ...]) -> tuple[Ten
 def diverging_weight(network: Network) -> tuple[Tensor, str]:
     """The weight whose output channels' ranges differ most, and its layer's name."""
     weights = [
-        (network.tensors[call[1][1].target], node.meta["layer"])
+        (layer_weight(network, call), node.meta["layer"])
         for node in network.graph.nodes
         if node.op == "call_function" and (call := layer_call(node)) is not None
     ]

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from qbench import float_ops
 from qbench.capture import Network
-from qbench.fusion import fuse, is_move, kept_layers, refuse_float_macs
+from qbench.fusion import LAYERS, fuse, is_move, kept_layers, refuse_float_macs
 from qbench.numerics import (
     QParams,
     QWeight,
@@ -26,7 +26,6 @@ from qbench.observers import Extent, Tally
 from qbench.recipe import Recipe
 
 REBATCHED = 32
-LAYERS = (float_ops.linear, float_ops.conv)
 INTEGER = {
     *LAYERS,
     float_ops.add,

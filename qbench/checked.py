@@ -94,7 +94,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("zero_point", "x_zero_point", "a_zero_point", "b_zero_point", "residual_zero_point"), _is_code),
     **dict.fromkeys(("q_min", "q_max"), _is_code),
     **dict.fromkeys(("stride", "dilation", "kernel", "size"), _within(1)),
-    "padding": _within(0),
+    **dict.fromkeys(("padding", "output_padding"), _within(0)),
     "alpha": lambda value: abs(value) <= LARGEST_SCALE,
     "rows": lambda value: value in ("per_row", "per_tensor"),
     "scheme": lambda value: value in ("symmetric", "affine"),
@@ -138,5 +138,10 @@ def _check_window(call: str, held: dict[str, Any], weight: Tensor) -> None:
     spatial = weight.dim() - 2
     if any(len(held[name]) != spatial for name in ("stride", "padding", "dilation")):
         raise ValueError(f"{call}: stride, padding and dilation must have {spatial} entries")
+    if "output_padding" in held:
+        largest = [max(ends) for ends in zip(held["stride"], held["dilation"], strict=True)]
+        added = held["output_padding"]
+        if len(added) != spatial or not all(size < limit for size, limit in zip(added, largest, strict=True)):
+            raise ValueError(f"{call}: output_padding must have {spatial} entries below the stride or the dilation")
     if weight.shape[0] % held["groups"]:
         raise ValueError(f"{call}: {weight.shape[0]} outputs do not divide into {held['groups']} groups")

@@ -146,6 +146,7 @@ def columns(block: Block) -> list[Column]:
         Column(("against", "fp32"), lambda _, r: compare.significance(r), words=True),
         Column(("agree", "%"), _value("agreement", ".2f", 100), spare=2),
         Column(("SQNR", "dB"), _value("sqnr_db", ".1f")),
+        Column(("PSNR", "dB"), _value("psnr_db", ".1f"), spare=2),
         Column(("size", "MB"), _megabytes("size_bytes")),
         Column(("of", "fp32"), _value("size_ratio", ".3f"), spare=4),
         Column(("b1", "ms"), lambda _, r: milliseconds(r, "latency_ms_median")),

@@ -48,14 +48,17 @@ def use_project_tasks() -> None:
     spec.loader.exec_module(module)
 
 
-def instantiate(node: dict[str, Any]) -> Any:
-    """The object that a configuration node with a `_target_` describes. Raises the error of the target itself."""
+def instantiate(node: dict[str, Any], **given: Any) -> Any:
+    """The object that a configuration node with a `_target_` describes, called with what is `given` besides.
+
+    Raises the error of the target itself.
+    """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
     use_project_tasks()
     try:
-        return hydra_instantiate(node, _convert_="all")
+        return hydra_instantiate(node, _convert_="all", **given)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, TypeError) and _is_wrong_call(cause):

@@ -18,6 +18,8 @@ from qbench.program import Program
 aten = torch.ops.aten
 int8 = torch.ops.qbench
 
+WINDOW = ("stride", "padding", "dilation", "groups", "output_padding")  # as many of them as the layer has
+
 
 def static_program(plan: Plan) -> Program:
     """The int8 program of a calibrated plan."""
@@ -143,7 +145,7 @@ def _layer(writer: _Writer, node: fx.Node) -> fx.Node:
     layer = writer.plan.layers[node.name]
     x, q = writer.operand(source)
     prefix = node.meta["layer"] or node.name
-    kwargs: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), window, strict=False))
+    kwargs: dict[str, Any] = dict(zip(WINDOW, window, strict=False))
     kwargs |= weight_arguments(writer.hold, prefix, layer.weight, layer.bias)
     kwargs |= {"x_scale": q.scale, "x_zero_point": q.zero_point}
     if node.name in writer.plan.accumulators:
@@ -156,8 +158,7 @@ def _layer(writer: _Writer, node: fx.Node) -> fx.Node:
         residual, r = writer.operand(node.kwargs["residual"])
         args = (x, residual)
         kwargs |= {"residual_scale": r.scale, "residual_zero_point": r.zero_point}
-    target = int8.linear.default if node.target is float_ops.linear else int8.conv.default
-    return writer.call(node, target, args, **kwargs)
+    return writer.call(node, getattr(int8, node.target.__name__).default, args, **kwargs)
 
 
 def weight_arguments(
@@ -244,6 +245,7 @@ def _unary(writer: _Writer, node: fx.Node) -> fx.Node:
 RULES: dict[Any, Callable[[_Writer, fx.Node], fx.Node]] = {
     float_ops.linear: _layer,
     float_ops.conv: _layer,
+    float_ops.conv_transpose: _layer,
     float_ops.add: _add,
     float_ops.mul: _mul,
     float_ops.mean: _reduction(int8.mean.default, "dim", "keepdim"),

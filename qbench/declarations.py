@@ -64,6 +64,16 @@ def _bytes(name: str, text: str, tolerance: float) -> Metric:
     return Metric(name, "bytes", "lower", tolerance, text, relative=True, factor=1e-6, shown_unit="MB")
 
 
+FRECHET_DISTANCE = Metric(
+    "frechet_distance",
+    "squared distance of features",
+    "lower",
+    0.02,
+    "Frechet distance of the generated images from real ones",
+    relative=True,
+    digits=3,
+    shown_unit="",
+)
 MEASURED = (
     Metric("score", "the task's", "neither", 0.003, "the task's own metric, whichever it is", digits=4),
     Metric("score_fp32", "the task's", "neither", 0.003, "the score of the fp32 network", digits=4),
@@ -73,6 +83,7 @@ MEASURED = (
     Metric("examples", "examples", "neither", 0.0, "evaluated examples", digits=0),
     share("agreement", "higher", "share of decisions equal to those of fp32"),
     Metric("sqnr_db", "dB", "higher", 0.5, "signal to quantization noise of the outputs", digits=1),
+    Metric("psnr_db", "dB", "higher", 0.5, "peak signal to noise of the images against those of fp32", digits=1),
     _bytes("size_bytes", "the saved file", 0.0),
     Metric("size_ratio", "ratio", "lower", 0.0, "the saved file over that of fp32", digits=3, shown_unit=""),
     _ms("latency_ms_median", "median of single calls"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -45,32 +46,56 @@ def prepare(task_config: dict[str, Any], cache: str, say: Say) -> dict[str, Any]
     Returns what identifies it: name, family, metric, weights_sha256, data_sha256, folder. Raises ValueError for a
     damaged cache and TaskUnavailable when the task cannot be had here.
     """
-    task: Task = instantiate(task_config)
-    folder = Path(cache) / sha256_of([task_config, _task_sources(task_config)])
+    task, folder = _task(task_config, Path(cache), say), _folder(task_config, Path(cache))
     examples = task.evaluation()
     model = _weights(task, folder, say)
+    judge = None if task.judge is None else task.judge()
     identity = {
         "weights_sha256": tensors_sha256(model.state_dict().items()),
-        "data_sha256": tensors_sha256(_data(task, examples)),
+        "data_sha256": tensors_sha256(_data(task, examples, judge)),
     }
     if not (folder / "fp32_outputs.safetensors").exists() or _stored_identity(folder) != identity:
         say(f"{task.name}: fp32 outputs of {len(examples)} examples")
         outputs = run(model, examples, BATCH, say)
-        write_atomic(folder / "fp32_outputs.safetensors", save_tensors({"outputs": outputs}))
+        judged = {} if judge is None else _judged(judge, {"outputs": outputs, "targets": examples.targets}, say)
+        write_atomic(folder / "fp32_outputs.safetensors", save_tensors({"outputs": outputs} | judged))
         write_atomic(folder / "identity.json", json.dumps(identity, indent=1) + "\n")
     return {"name": task.name, "family": task.family, "metric": task.metric.name, "folder": str(folder), **identity}
 
 
 def fp32_model(task_config: dict[str, Any], prepared: dict[str, Any]) -> nn.Module:
     """The task's float network with its final weights, in evaluation mode."""
-    return _weights(instantiate(task_config), Path(prepared["folder"]), say=None)
+    folder = Path(prepared["folder"])
+    return _weights(_task(task_config, folder.parent), folder)
 
 
-def example_batch(task_config: dict[str, Any], batch: int) -> tuple[Tensor, ...]:
+def example_batch(task_config: dict[str, Any], prepared: dict[str, Any], batch: int) -> tuple[Tensor, ...]:
     """Input tensors of `batch` calibration examples, repeated when there are fewer."""
-    task: Task = instantiate(task_config)
+    task = _task(task_config, Path(prepared["folder"]).parent)
     together = [torch.cat(leaves) for leaves in zip(*_calibration(task), strict=True)]
     return tuple(leaf.repeat(-(-batch // len(leaf)), *[1] * (leaf.dim() - 1))[:batch].contiguous() for leaf in together)
+
+
+def _task(task_config: dict[str, Any], cache: Path, say: Say | None = None) -> Task:
+    """The task of a configuration; one with a `source` is given a function that returns that task's trained network.
+
+    With `say` that network is trained, where it was not yet.
+    """
+    match task_config:
+        case {"source": {"_target_": _} as source, **own}:
+
+            @functools.cache
+            def network() -> nn.Module:
+                return _weights(_task(source, cache, say), _folder(source, cache), say)
+
+            task: Task = instantiate(own, source=network)
+        case _:
+            task = instantiate(task_config)
+    return task
+
+
+def _folder(task_config: dict[str, Any], cache: Path) -> Path:
+    return cache / sha256_of([task_config, _task_sources(task_config)])
 
 
 def _calibration(task: Task) -> list[tuple[Tensor, ...]]:
@@ -90,7 +115,7 @@ def _is_task(module: str) -> bool:
     return module.split(".")[0] != "qbench"
 
 
-def _weights(task: Task, folder: Path, say: Say | None) -> nn.Module:
+def _weights(task: Task, folder: Path, say: Say | None = None) -> nn.Module:
     """The network with its final weights; trained and stored when `say` is given and there is no checkpoint."""
     model = task.build()
     checkpoint = folder / "weights.safetensors"
@@ -133,7 +158,13 @@ def _stored_identity(folder: Path) -> dict[str, str] | None:
     return stored if isinstance(stored, dict) else None
 
 
-def _data(task: Task, examples: Examples) -> Iterator[tuple[str, Tensor]]:
+def _judged(judge: nn.Module, seen: dict[str, Tensor | None], say: Say) -> dict[str, Tensor]:
+    """The judge's features of outputs and targets, under their names with `judged_` before."""
+    looked_at = {name: tensor for name, tensor in seen.items() if tensor is not None}
+    return {f"judged_{name}": run(judge, Examples((tensor,)), BATCH, say) for name, tensor in looked_at.items()}
+
+
+def _data(task: Task, examples: Examples, judge: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
     """Everything that calibrates and judges, by name."""
     for number, batch in enumerate(task.calibration()):
         yield from ((f"calibration {number} {i}", leaf) for i, leaf in enumerate(batch))
@@ -141,6 +172,8 @@ def _data(task: Task, examples: Examples) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"fine-tuning {number} {i}", leaf) for i, leaf in enumerate(batch))
     yield from ((f"input {i}", leaf) for i, leaf in enumerate(examples.inputs))
     yield from ((name, t) for name, t in (("targets", examples.targets), ("units", examples.units)) if t is not None)
+    if judge is not None:
+        yield from ((f"judge {name}", tensor) for name, tensor in judge.state_dict().items())
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -167,7 +200,7 @@ def evaluate(
 
     Returns metrics, granularity_effective, notes and details for the record.
     """
-    task: Task = instantiate(task_config)
+    task = _task(task_config, Path(prepared["folder"]).parent)
     recipe = _recipe(recipe_config)
     measure = Measure.of(measure_config)
     say("quantizing")
@@ -183,7 +216,7 @@ def evaluate(
     saved = load(path, recipe.backend.name)
     examples = task.evaluation().first(measure.examples)
     outputs = run(saved, examples, measure.eval_batch, say)
-    found = _score(task, examples, outputs, Path(prepared["folder"]))
+    found = _score(task, examples, outputs, Path(prepared["folder"]), say)
     fp32_bytes = len(dump(quantize_network(network, Recipe(method="fp32"))))
     found["metrics"] |= {"size_bytes": saved.size_bytes, "size_ratio": saved.size_bytes / fp32_bytes}
     found["metrics"] |= {"quantize_s": quantize_s}
@@ -236,16 +269,20 @@ def run(model: Callable[..., Any], examples: Examples, batch: int, say: Say) -> 
     return torch.cat(outputs)
 
 
-def _score(task: Task, examples: Examples, outputs: Tensor, folder: Path) -> dict[str, Any]:
-    """The task's own score against fp32 on the same examples, agreement and SQNR."""
+def _score(task: Task, examples: Examples, outputs: Tensor, folder: Path, say: Say) -> dict[str, Any]:
+    """The task's own score against fp32 on the same examples, what its metric records beside it, and SQNR."""
     try:
         stored = load_tensors((folder / "fp32_outputs.safetensors").read_bytes())
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged ({error}); delete it to make it again") from error
-    fp32 = stored["outputs"][: len(examples)]
-    comparison = task.metric.compare(outputs, fp32, examples.targets, examples.units)
+    stored = {name: tensor[: len(examples)] for name, tensor in stored.items()}
+    fp32, compared = stored["outputs"], (outputs, stored["outputs"], examples.targets)
+    if task.judge is not None:
+        own = _judged(task.judge(), {"outputs": outputs}, say)["judged_outputs"]
+        compared = own, stored["judged_outputs"], stored.get("judged_targets")
+    comparison = task.metric.compare(*compared, examples.units)
     found: dict[str, float] = {**comparison.metrics(task.metric), "examples": len(examples)}
-    found["agreement"] = metrics.agreement(outputs, fp32)
+    found |= task.metric.beside(outputs, fp32)
     noise = metrics.sqnr_db(fp32, outputs)
     if noise is not None:
         found["sqnr_db"] = noise

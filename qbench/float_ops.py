@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbench.transposed import swapped
+
 aten = torch.ops.aten
 
 Bound = float | None
@@ -50,6 +52,26 @@ def conv(
     """Convolution over one or two dimensions: x [N, C, (H,) W], weight [outputs, C / groups, (kh,) kw]."""
     convolve = torch.nn.functional.conv1d if weight.dim() == 3 else torch.nn.functional.conv2d
     y = convolve(x, weight, bias, list(stride), list(padding), list(dilation), groups)
+    return bounded(y if residual is None else y + residual, low, high)
+
+
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    output_padding: Sequence[int],
+    residual: Tensor | None = None,
+    low: Bound = None,
+    high: Bound = None,
+) -> Tensor:
+    """Transposed convolution over one or two dimensions: x [N, C, (H,) W], weight [outputs, C / groups, (kh,) kw]."""
+    transpose = torch.nn.functional.conv_transpose1d if weight.dim() == 3 else torch.nn.functional.conv_transpose2d
+    window = (list(stride), list(padding), list(output_padding), groups, list(dilation))
+    y = transpose(x, swapped(weight, groups), bias, *window)
     return bounded(y if residual is None else y + residual, low, high)
 
 

@@ -12,11 +12,12 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qbench import float_ops
 from qbench.capture import Network
 from qbench.normalize import batch_norm_affine, free_name
+from qbench.transposed import swapped
 
 aten = torch.ops.aten
 
@@ -29,9 +30,15 @@ CLAMPS: dict[Any, tuple[float | None, float | None] | None] = {
     aten.clamp_max.default: None,
     aten.clip.default: None,
 }
+LAYERS = (float_ops.linear, float_ops.conv, float_ops.conv_transpose)
+CONVOLUTIONS: dict[Any, tuple[Any, int]] = {
+    aten.conv1d.default: (float_ops.conv, 1),
+    aten.conv2d.default: (float_ops.conv, 2),
+    aten.conv_transpose1d.default: (float_ops.conv_transpose, 1),
+    aten.conv_transpose2d.input: (float_ops.conv_transpose, 2),
+}
 CLAMPABLE = {
-    float_ops.linear,
-    float_ops.conv,
+    *LAYERS,
     float_ops.add,
     float_ops.mul,
     float_ops.mean,
@@ -137,7 +144,7 @@ def fuse(network: Network, kept: set[str]) -> Network:
     _fuse_clamps(fused.graph)
     fused.graph.eliminate_dead_code()
     for node in fused.graph.nodes:
-        if node.target in (float_ops.linear, float_ops.conv):
+        if node.target in LAYERS:
             node._rename(node.meta["layer"].replace(".", "_") or node.name)
     fused.graph.lint()
     return fused
@@ -158,7 +165,7 @@ def _call(fused: Network, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> t
     full = _full(node, args, kwargs)
     match node.target:
         case _ if (layer := _layer(node.target, full)) is not None:
-            return *layer, {}
+            return *_by_output(fused, *layer), {}
         case aten.add.Tensor | aten.sub.Tensor if _is_arithmetic(node):
             sign = 1.0 if node.target is aten.add.Tensor else -1.0
             return float_ops.add, (*_operands(fused, full, node), sign * full["alpha"]), {}
@@ -178,6 +185,9 @@ def _call(fused: Network, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> t
             return float_ops.channel_affine, _batch_norm_arguments(fused, full), {}
         case aten.cat.default if _floats(node):
             return float_ops.cat, (full["tensors"], full["dim"]), {}
+        case aten.prelu.default if _is_constant(full["weight"]) and fused.tensors[full["weight"].target].numel() == 1:
+            slope = float(fused.tensors[full["weight"].target])
+            return float_ops.unary, (full["self"], aten.leaky_relu.default, (slope,), {}), {}
         case target if target in CLAMPS:
             return float_ops.clamp, (full["self"], *_bounds(node.target, full)), {}
         case _ if _is_unary(node):
@@ -201,11 +211,29 @@ def _layer(target: Any, full: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | N
     match target:
         case aten.linear.default if _is_constant(full["weight"]):
             return float_ops.linear, (full["input"], full["weight"], full["bias"])
-        case aten.conv1d.default | aten.conv2d.default if _is_constant(full["weight"]):
-            count = 1 if target is aten.conv1d.default else 2
+        case _ if target in CONVOLUTIONS and _is_constant(full["weight"]):
+            function, count = CONVOLUTIONS[target]
             window = [_wide(full[name], count) for name in ("stride", "padding", "dilation")]
-            return float_ops.conv, (full["input"], full["weight"], full["bias"], *window, full["groups"])
+            more = [_wide(full["output_padding"], count)] if "output_padding" in full else []
+            return function, (full["input"], full["weight"], full["bias"], *window, full["groups"], *more)
     return None
+
+
+def layer_weight(network: Network, call: tuple[Any, tuple[Any, ...]]) -> Tensor:
+    """The float weight of a `layer_call`, [outputs, inputs / groups, ...] for every kind of layer."""
+    function, (_, weight, _, *window) = call
+    held = network.tensors[weight.target]
+    return swapped(held, window[3]) if function is float_ops.conv_transpose else held
+
+
+def _by_output(fused: Network, function: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The layer with a weight in the form of `layer_weight`, as a tensor of its own where torch's form is another."""
+    weight = layer_weight(fused, (function, args))
+    if weight is fused.tensors[args[1].target]:
+        return function, args
+    name = free_name(args[1].target, fused.tensors, shared=True)
+    fused.tensors[name] = weight
+    return function, (args[0], fused.graph.get_attr(name), *args[2:])
 
 
 def _is_constant(value: Any) -> bool:
@@ -291,7 +319,7 @@ def _fuse_residuals(graph: fx.Graph) -> None:
         if node.target is not float_ops.add or node.args[2] != 1:
             continue
         for layer, residual in (node.args[:2], node.args[1::-1]):
-            ready = layer.target in (float_ops.linear, float_ops.conv) and "residual" not in layer.kwargs
+            ready = layer.target in LAYERS and "residual" not in layer.kwargs
             alone = len(layer.users) == 1 and layer is not residual  # y + y reads y itself
             if ready and alone and not _is_constant(residual) and _same_shape(layer, residual):
                 with graph.inserting_before(node):

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from qbench import metrics, numerics
-from qbench.calibrate import LAYERS
 from qbench.capture import Network
-from qbench.fusion import fuse, has_macs, kept_layers, layer_call
+from qbench.fusion import LAYERS, fuse, has_macs, kept_layers, layer_call
 from qbench.model import QuantizedModel
 from qbench.program import Macs, lower_graph
 from qbench.recipe import Recipe

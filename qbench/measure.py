@@ -131,7 +131,7 @@ def time_cell(
     answer: dict[str, Any] = {"batches": {}, "compile_failure": None}
     with torch.inference_mode():
         for batch in settings.batches:
-            inputs = evaluate.example_batch(task_config, batch)
+            inputs = evaluate.example_batch(task_config, prepared, batch)
             entrants = dict(contestants)
             if program is None and settings.compile:
                 entrants |= _compiled(contestants[latency.EAGER], inputs, cache, answer)
@@ -168,7 +168,7 @@ def memory_cell(
 
     settings = Measure.of(measure)
     torch.set_num_threads(settings.threads)
-    inputs = evaluate.example_batch(task_config, settings.batch)
+    inputs = evaluate.example_batch(task_config, prepared, settings.batch)
     with torch.inference_mode():
         peak = memory_of(lambda: load(program, backend), inputs)
     return {"metrics": {} if peak is None else {"peak_memory_bytes": peak}}

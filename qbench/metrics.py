@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from qbench import statistics
-from qbench.declarations import MEASURED, Metric, share
+from qbench.declarations import FRECHET_DISTANCE, MEASURED, Metric, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,10 @@ class ScoreMetric(ABC):
     ) -> Comparison:
         """Score outputs of shape (examples, ..., classes) against those of fp32, over the units of the examples."""
 
+    def beside(self, outputs: Tensor, fp32_outputs: Tensor) -> dict[str, float]:
+        """What is recorded beside the score, by name: how often the decisions are those of fp32."""
+        return {"agreement": agreement(outputs, fp32_outputs)}
+
 
 @dataclass(frozen=True)
 class accuracy(ScoreMetric):
@@ -127,7 +131,7 @@ class fidelity(ScoreMetric):
         return hits.comparison(low, high, 0.0 if changed else 1.0, test)
 
 
-METRICS = {metric.name: metric for metric in (accuracy.declaration, fidelity.declaration, *MEASURED)}
+METRICS = {m.name: m for m in (accuracy.declaration, fidelity.declaration, FRECHET_DISTANCE, *MEASURED)}
 BATCH_SUFFIX = re.compile(r"_b\d+$")
 
 
@@ -150,7 +154,7 @@ class _Hits:
         """From two boolean arrays (examples, ...)."""
         if hits.shape != fp32_hits.shape or hits.size == 0:
             raise ValueError(f"nothing to compare: shapes {hits.shape} and {fp32_hits.shape}")
-        groups = _groups(len(hits), units)
+        groups = unit_numbers(len(hits), units)
         lost = (fp32_hits.astype(np.int64) - hits).reshape(len(hits), -1)
         counts = np.bincount(groups) * lost.shape[1]
         return cls(float(hits.mean()), float(fp32_hits.mean()), np.bincount(groups, lost.sum(axis=1)), counts)
@@ -174,7 +178,7 @@ class _Hits:
         return Comparison(self.score, self.score_fp32, drop, low, high, p, low > 0.0 or high < 0.0, self.units, test)
 
 
-def _groups(examples: int, units: Tensor | None) -> Any:
+def unit_numbers(examples: int, units: Tensor | None) -> Any:
     """The unit of each example, numbered from 0 without gaps."""
     if units is None:
         return np.arange(examples)
@@ -188,7 +192,7 @@ def decisions(outputs: Tensor) -> Any:
 
     Raises ValueError when an output is not finite.
     """
-    return np.argmax(_finite(outputs), axis=-1)
+    return np.argmax(finite(outputs), axis=-1)
 
 
 def agreement(outputs: Tensor, fp32_outputs: Tensor) -> float:
@@ -202,14 +206,14 @@ def sqnr_db(reference: Tensor, outputs: Tensor) -> float | None:
     None, and then absent from the record, where it has no value: outputs that equal the reference exactly, or a
     reference of zeros.
     """
-    signal, noisy = _finite(reference).astype(np.float64), _finite(outputs).astype(np.float64)
+    signal, noisy = finite(reference).astype(np.float64), finite(outputs).astype(np.float64)
     if signal.shape != noisy.shape:
         raise ValueError(f"outputs of shape {noisy.shape} against a reference of shape {signal.shape}")
     power, noise = float((signal**2).sum()), float(((signal - noisy) ** 2).sum())
     return 10.0 * math.log10(power / noise) if power > 0.0 and noise > 0.0 else None
 
 
-def _finite(outputs: Tensor) -> Any:
+def finite(outputs: Tensor) -> Any:
     """As a numpy array. Raises ValueError when a value is NaN or infinite."""
     values = outputs.detach().cpu().float().numpy()
     if not np.isfinite(values).all():

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from qbench.transposed import swapped
+
 if TYPE_CHECKING:
     from qbench.capture import Network
 
@@ -23,7 +25,8 @@ IDENTITIES = {
 NAMED_PADDING = {aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default}
 NAMED_DEFAULTS = (None, None, None, [1], "valid", [1], 1)
 ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range.default}
-FOLDABLE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
+FOLDABLE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, *TRANSPOSED}
 
 
 def normalize(network: Network) -> None:
@@ -138,7 +141,10 @@ def _fold(network: Network, layer: fx.Node, gamma: Tensor, beta: Tensor) -> None
     weight = network.tensors[layer.args[1].target]
     given = layer.args[2] if len(layer.args) > 2 else None
     bias = beta if given is None else network.tensors[given.target].double() * gamma + beta
-    folded = (weight.double() * gamma.reshape(-1, *[1] * (weight.dim() - 1))).float()
+    groups = layer.args[6] if layer.target in TRANSPOSED and len(layer.args) > 6 else 1
+    by_output = swapped(weight, groups) if layer.target in TRANSPOSED else weight
+    folded = (by_output.double() * gamma.reshape(-1, *[1] * (weight.dim() - 1))).float()
+    folded = swapped(folded, groups) if layer.target in TRANSPOSED else folded
     name = free_name(layer.args[1].target, network.tensors, shared=len(layer.args[1].users) > 1)
     network.tensors[name] = folded
     shared = given is None or len(given.users) > 1

@@ -3,10 +3,10 @@
 They are torch operators of the namespace `qbench`, so that a program is an ordinary fx graph, its printed code names
 them and a file can be checked against their schemas. Backends execute them; the arithmetic is section 3 of the design.
 
-Activations (`x`, `a`, `b`, `residual`) are uint8 tensors with scale and zero point as numbers. A weight is int8, of the
-float weight's shape, with scales (float32) and zero points (int8, absent when all are zero) [outputs or 1, blocks], a
-block being `block` consecutive inputs. `scale=None` leaves the float32 accumulator,
-clamped to [low, high] where there are bounds.
+Activations (`x`, `a`, `b`, `residual`) are uint8 tensors with scale and zero point as numbers. A weight is int8
+[outputs, inputs / groups, ...] (a transposed convolution's too), with scales (float32) and zero points (int8, absent
+when all are zero) [outputs or 1, blocks], a block being `block` consecutive inputs. `scale=None` leaves the float32
+accumulator, clamped to [low, high] where there are bounds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _X = "Tensor x, *, float x_scale, int x_zero_point"
 _Y = "float scale, int zero_point, int q_min, int q_max"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, int block"
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
+_TRANSPOSED = f"{_WINDOW}, int[] output_padding"
 _STATIC = (
     f"{_WEIGHT}, float x_scale, int x_zero_point, float? scale, int zero_point, int q_min, int q_max, "
     f"float residual_scale=1.0, int residual_zero_point=0, float? low=None, float? high=None"
@@ -31,12 +32,15 @@ SCHEMAS = (
     # layers, static: bias int32, or float32 with more than one block
     f"linear(Tensor x, Tensor? residual=None, *, {_STATIC}) -> Tensor",
     f"conv(Tensor x, Tensor? residual=None, *, {_WINDOW}, {_STATIC}) -> Tensor",
+    f"conv_transpose(Tensor x, Tensor? residual=None, *, {_TRANSPOSED}, {_STATIC}) -> Tensor",
     # layers, dynamic: x, bias and result float32
     f"dynamic_linear(Tensor x, *, {_DYNAMIC}) -> Tensor",
     f"dynamic_conv(Tensor x, *, {_WINDOW}, {_DYNAMIC}) -> Tensor",
+    f"dynamic_conv_transpose(Tensor x, *, {_TRANSPOSED}, {_DYNAMIC}) -> Tensor",
     # layers, weight-only: x, bias and result float32
     f"weight_only_linear(Tensor x, *, {_WEIGHT}) -> Tensor",
     f"weight_only_conv(Tensor x, *, {_WINDOW}, {_WEIGHT}) -> Tensor",
+    f"weight_only_conv_transpose(Tensor x, *, {_TRANSPOSED}, {_WEIGHT}) -> Tensor",
     # between layers
     f"add(Tensor a, Tensor b, *, float a_scale, int a_zero_point, float b_scale, int b_zero_point, float alpha, {_Y})"
     " -> Tensor",

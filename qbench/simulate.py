@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops, numerics
-from qbench.calibrate import INTEGER, LAYERS, Plan, constant_qparams
+from qbench.calibrate import INTEGER, Plan, constant_qparams
+from qbench.fusion import LAYERS
 from qbench.numerics import QParams
 
 Watch = Callable[[str, Any], None]

@@ -1,7 +1,8 @@
 """Tests and intervals: pure functions of numbers, 95 % unless told otherwise.
 
 Which one a number gets is decided by its sample: examples (exact McNemar, Clopper-Pearson), units that hold several
-examples (cluster bootstrap), processes (Student's t on log ratios), single calls (order statistics).
+examples (cluster bootstrap; the jackknife where the number is no mean), processes (Student's t on log ratios), single
+calls (order statistics).
 """
 
 from __future__ import annotations
@@ -93,9 +94,12 @@ def cluster_bootstrap(sums: Any, counts: Any, *, seed: int = 0, resamples: int =
     p = min(1.0, 2.0 * float(special.stdtr(units - 1, special.ndtri(share) / widening)))
     if mcnemar_p(units, 0) >= LEVEL:  # so few units have the same sign by chance: no resampling can tell
         low, high = min(low, 0.0), max(high, 0.0)
-    # Interpolation between resamples may leave p on the other side of the level than the interval's.
-    p = min(p, math.nextafter(LEVEL, 0.0)) if low > 0.0 or high < 0.0 else max(p, LEVEL)
-    return Bootstrap(mean, low, high, p)
+    return Bootstrap(mean, low, high, _on_the_side_of(low, high, p))
+
+
+def _on_the_side_of(low: float, high: float, p: float) -> float:
+    """p below the level exactly when the interval leaves 0 out: interpolation and rounding may separate the two."""
+    return min(p, math.nextafter(LEVEL, 0.0)) if low > 0.0 or high < 0.0 else max(p, LEVEL)
 
 
 def _resampled_means(values: Any, weights: Any, seed: int, resamples: int) -> Any:
@@ -108,6 +112,39 @@ def _resampled_means(values: Any, weights: Any, seed: int, resamples: int) -> An
         picks = generator.integers(0, units, size=(min(step, resamples - start), units))
         draws.append(values[picks].sum(axis=1) / weights[picks].sum(axis=1))
     return np.concatenate(draws)
+
+
+@dataclass(frozen=True)
+class Jackknife:
+    """An estimate, its interval, and the two-sided p of "it is zero": below 0.05 exactly when 0 lies outside."""
+
+    estimate: float
+    low: float
+    high: float
+    p: float
+
+
+def jackknife(estimate: float, without: Any, sizes: Any) -> Jackknife:
+    """Leave out one block after another: `without` holds the estimate without each block, `sizes` its examples.
+
+    For any smooth function of the examples, here of their means and covariances. Blocks may differ in size (Busing,
+    Meijer and van der Leeden 1999); Student's t with one degree of freedom less than there are blocks. Raises
+    ValueError for fewer than two blocks.
+    """
+    left_out, counts = np.asarray(without, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    blocks = len(left_out)
+    if blocks < 2:
+        raise ValueError("one unit has no spread: an interval over units needs at least 2")
+    inverse_shares = counts.sum() / counts
+    pseudo = inverse_shares * estimate - (inverse_shares - 1.0) * left_out  # of a mean: the block's own mean
+    centre = (pseudo / inverse_shares).sum()
+    deviation = math.sqrt(((pseudo - centre) ** 2 / (inverse_shares - 1.0)).mean())
+    special = _special()
+    reach = float(special.stdtrit(blocks - 1, 0.5 + CONFIDENCE / 2.0)) * deviation
+    low, high = estimate - reach, estimate + reach
+    distance = abs(estimate) / deviation if deviation else math.inf if estimate else 0.0
+    p = 2.0 * float(special.stdtr(blocks - 1, -distance))
+    return Jackknife(estimate, low, high, _on_the_side_of(low, high, p))
 
 
 def smallest_sample(p: float) -> int:

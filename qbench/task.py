@@ -22,8 +22,9 @@ class TaskUnavailable(RuntimeError):
 class Examples:
     """Evaluation examples, dimension 0 of every tensor counts examples.
 
-    `targets` is None where the fp32 outputs are the only truth. `units` numbers the resampling unit of each example
-    (the recording a window comes from, say); None means each example is its own unit.
+    `targets` is None where the fp32 outputs are the only truth; for a generator they are real examples, as many.
+    `units` numbers the resampling unit of each example (the recording a window comes from, say); None means each
+    example is its own unit.
     """
 
     inputs: tuple[Tensor, ...]
@@ -52,7 +53,12 @@ class Task:
     place on first use, saying how far it is through its second argument, `say(text)`; qbench caches the result. Without
     it `build` returns the final weights. `calibration` returns batches (tuples of tensors) which are never evaluation
     examples; so does `fine_tuning`, the inputs on which qat learns to give the float results again (without it, those
-    of calibration). Nothing is loaded or computed before one of the functions is called.
+    of calibration). `judge`, if given, makes a network with its final weights that looks at outputs and targets: the
+    metric compares what it makes of them. Nothing is loaded or computed before one of the functions is called.
+
+    A task may need another task's trained network, as a judge or as what it evaluates. Then its configuration has
+    `source`, that other task's configuration, and the function is called with `source`, a function that returns the
+    network: trained on first use, and shared with that task.
     """
 
     name: str
@@ -63,6 +69,7 @@ class Task:
     evaluation: Callable[[], Examples]
     train: Callable[[nn.Module, Callable[[str], None]], None] | None = None
     fine_tuning: Callable[[], list[tuple[Tensor, ...]]] | None = None
+    judge: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

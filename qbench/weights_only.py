@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qbench import float_ops
 from qbench.capture import Network
-from qbench.convert import weight_arguments
-from qbench.fusion import has_macs, kept_layers, layer_call, refuse_float_macs
+from qbench.convert import WINDOW, weight_arguments
+from qbench.fusion import has_macs, kept_layers, layer_call, layer_weight, refuse_float_macs
 from qbench.numerics import check_accumulator, quantize_weight, require_finite
 from qbench.program import Program
 from qbench.recipe import Recipe
@@ -58,10 +57,10 @@ def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[s
         if call is None:
             values[node] = graph.node_copy(node, lambda n: values[n])
         else:
-            function, (x, weight_node, bias_node, *window) = call
-            arguments: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), window, strict=False))
-            arguments |= _weight(network, node, weight_node, bias_node, recipe, kind, hold) | options
-            name = f"{kind}_{'linear' if function is float_ops.linear else 'conv'}"
+            function, (x, _, bias_node, *window) = call
+            arguments: dict[str, Any] = dict(zip(WINDOW, window, strict=False))
+            arguments |= _weight(network, node, layer_weight(network, call), bias_node, recipe, kind, hold) | options
+            name = f"{kind}_{function.__name__}"
             values[node] = graph.create_node(
                 "call_function",
                 getattr(int8, name).default,
@@ -84,7 +83,7 @@ def _replaced(node: fx.Node, kept: set[str]) -> tuple[Any, tuple[Any, ...]] | No
 def _weight(
     network: Network,
     node: fx.Node,
-    weight_node: fx.Node,
+    weight: Tensor,
     bias_node: fx.Node | None,
     recipe: Recipe,
     kind: str,
@@ -95,14 +94,9 @@ def _weight(
     try:
         if bias is not None:
             require_finite("the bias", bias)
-        weight = quantize_weight(
-            network.tensors[weight_node.target],
-            recipe.granularity,
-            recipe.scheme,
-            recipe.group_size,
-        )
+        quantized = quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size)
     except ValueError as error:
         raise ValueError(f"layer {layer}: {error}") from error
     if kind == "dynamic":
-        check_accumulator(layer, weight, None)
-    return weight_arguments(hold, layer, weight, bias)
+        check_accumulator(layer, quantized, None)
+    return weight_arguments(hold, layer, quantized, bias)

@@ -194,6 +194,47 @@ def conv_sums(
     return np.array(sums, dtype=object).reshape(shape)
 
 
+def transposed_sums(
+    x: np.ndarray,
+    weight: np.ndarray,
+    block: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> np.ndarray:
+    """[blocks, n, outputs, oh, ow] of x [n, c, h, w] (centred) and weight [outputs, c / groups, kh, kw].
+
+    Seen from the output: tap k of output pixel y meets the input pixel (y + padding - dilation * k) / stride, if it is
+    one.
+    """
+    (outputs, inputs, *kernel), (n, _, *size) = weight.shape, x.shape
+    oh, ow = (
+        (size[d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (kernel[d] - 1) + output_padding[d] + 1
+        for d in range(2)
+    )
+    image, taps = x.tolist(), weight.tolist()
+
+    def met(place: int, tap: int, d: int) -> int | None:
+        pixel, rest = divmod(place + padding[d] - dilation[d] * tap, stride[d])
+        return pixel if rest == 0 and 0 <= pixel < size[d] else None
+
+    def total(sample: int, output: int, row: int, column: int, channels: range) -> Any:
+        first = output // (outputs // groups) * inputs
+        result = 0
+        for dy, dx in itertools.product(range(kernel[0]), range(kernel[1])):
+            y, z = met(row, dy, 0), met(column, dx, 1)
+            if y is not None and z is not None:
+                result += sum(image[sample][first + i][y][z] * taps[output][i][dy][dx] for i in channels)
+        return result
+
+    parts = blocks(inputs, block)
+    shape = (len(parts), n, outputs, oh, ow)
+    sums = [total(*index[1:], parts[index[0]]) for index in np.ndindex(*shape)]
+    return np.array(sums, dtype=object).reshape(shape)
+
+
 def layer_value(sums: Sequence[Any], multipliers: Sequence[Any], on_grid: int = 0, start: Any = None) -> np.float32:
     """f32(acc + b_q) * m for one block; t = f32(b / s_y), t = t + f32(acc_g) * m_g for several."""
     total = start

@@ -253,9 +253,9 @@ def test_fp32_outputs_that_are_gone_are_taken_again(tmp_path):
 def test_the_batch_for_timing_repeats_the_calibration_examples():
     task = sys.modules["known_task"]
     sixteen = torch.cat([task.images(10, 1), task.images(6, 3)])
-    (batch,) = evaluate.example_batch(config(), 40)
+    (batch,) = evaluate.example_batch(config(), prepared, 40)
     assert torch.equal(batch, sixteen.repeat(3, 1, 1, 1)[:40])
-    assert torch.equal(evaluate.example_batch(config(), 3)[0], sixteen[:3])
+    assert torch.equal(evaluate.example_batch(config(), prepared, 3)[0], sixteen[:3])
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -384,7 +384,10 @@ def small_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of one small layer and a saved program that is that layer too, in place of the real ones."""
     model = torch.nn.Linear(4, 4)
     stand_ins: dict[str, dict[str, Any]] = {
-        "evaluate": {"fp32_model": lambda *_: model, "example_batch": lambda _, batch: (torch.zeros(batch, 4),)},
+        "evaluate": {
+            "fp32_model": lambda *_: model,
+            "example_batch": lambda _, prepared, batch: (torch.zeros(batch, 4),),
+        },
         "saved": {"load": lambda path, backend: model},
     }
     for name, content in stand_ins.items():

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from qbench.statistics import (
     EXACTLY_ONE,
+    Jackknife,
     LogRatio,
     chain,
     clopper_pearson,
     cluster_bootstrap,
+    jackknife,
     kendall_tau,
     mcnemar_p,
     paired_interval,
@@ -223,3 +226,46 @@ def test_chain_adds_logs_and_variances() -> None:
     assert chain(a, EXACTLY_ONE) == a
     assert chain(EXACTLY_ONE, EXACTLY_ONE).interval() == (1.0, 1.0)
     assert chain(a, LogRatio(0.0, None, 0, 1)).interval() is None
+
+
+# --- jackknife -------------------------------------------------------------------------------------------------------
+
+
+def test_the_jackknife_of_a_mean_is_the_t_interval():
+    values = np.random.default_rng(1).normal(0.3, 1.0, 40)
+    without = [np.delete(values, i).mean() for i in range(40)]
+    found = jackknife(values.mean(), without, np.ones(40))
+    half = stats.t.ppf(0.975, 39) * values.std(ddof=1) / math.sqrt(40)
+    assert (found.low, found.high) == (pytest.approx(values.mean() - half), pytest.approx(values.mean() + half))
+    assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+
+
+def test_blocks_of_unequal_size_count_by_their_examples():
+    """Of a mean: variance = 1/g sum (block mean - mean)^2 / (n/m - 1), Busing et al. 1999, equation 4."""
+    sizes = np.array([5, 10, 20, 15])
+    values = np.random.default_rng(2).normal(size=50)
+    groups = np.repeat(np.arange(4), sizes)
+    without = [values[groups != block].mean() for block in range(4)]
+    found = jackknife(values.mean(), without, sizes)
+    means = np.array([values[groups == block].mean() for block in range(4)])
+    deviation = math.sqrt(((means - values.mean()) ** 2 / (50 / sizes - 1)).mean())
+    assert found.high - found.low == pytest.approx(2 * stats.t.ppf(0.975, 3) * deviation)
+
+
+def test_the_jackknife_covers_a_ratio_as_often_as_it_says():
+    """A ratio of means is no mean: 1000 samples, true value 2."""
+    random = np.random.default_rng(3)
+    covered = 0
+    for _ in range(1000):
+        a, b = random.normal(2, 0.5, 30), random.normal(1, 0.1, 30)
+        without = [np.delete(a, i).mean() / np.delete(b, i).mean() for i in range(30)]
+        found = jackknife(a.mean() / b.mean(), without, np.ones(30))
+        covered += found.low <= 2 <= found.high
+    assert 930 <= covered <= 970
+
+
+def test_a_jackknife_without_spread():
+    assert jackknife(0.0, [0.0, 0.0], [1, 1]) == Jackknife(0.0, 0.0, 0.0, 1.0)
+    assert jackknife(2.0, [2.0, 2.0], [1, 1]) == Jackknife(2.0, 2.0, 2.0, 0.0)
+    with pytest.raises(ValueError, match="one unit has no spread: an interval over units needs at least 2"):
+        jackknife(1.0, [1.0], [3])

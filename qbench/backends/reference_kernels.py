@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qbench.backends.reference_transposed import TransposedSums
 from qbench.numerics import centred, dequantize, dequantize_weight, multiplier, quantize, saturate
 from qbench.recipe import option
 from qbench.schemes import UINT8_MIDDLE
+from qbench.transposed import swapped
 
 if TYPE_CHECKING:
     from qbench.program import Macs
@@ -145,7 +147,11 @@ class _ConvSums:
         return tuple(range(1, x.dim()))
 
 
-Sums = _LinearSums | _ConvSums
+def _transposed_sums(c: Constants, macs: Macs) -> TransposedSums:
+    return TransposedSums(_centred_weight(c), c, macs)
+
+
+Sums = _LinearSums | _ConvSums | TransposedSums
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -198,15 +204,24 @@ def _dynamic(sums: Sums, c: Constants) -> Kernel:
     return run
 
 
-def _weight_only(c: Constants, macs: Macs, apply: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Kernel:
-    """The weight of this one layer is read back as float32 for the length of the call."""
+def _weight_only(
+    c: Constants,
+    macs: Macs,
+    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    products: Callable[[Tensor, Tensor], int] | None = None,
+) -> Kernel:
+    """The weight of this one layer is read back as float32 for the length of the call.
+
+    `products` counts the multiply-accumulates of an input and its result.
+    """
     zero_point = c["weight_zero_point"]
     zero_point = torch.zeros_like(c["weight_scale"], dtype=torch.int8) if zero_point is None else zero_point
     per_output = c["weight"][0].numel()
+    count = products or (lambda x, y: y.numel() * per_output)
 
     def run(x: Tensor) -> Tensor:
         y = apply(x, dequantize_weight(c["weight"], c["weight_scale"], zero_point, c["block"]), c["bias"])
-        macs.float32 += y.numel() * per_output
+        macs.float32 += count(x, y)
         return y
 
     return run
@@ -216,6 +231,18 @@ def _weight_only_conv(c: Constants, macs: Macs) -> Kernel:
     convolve = functional.conv1d if c["weight"].dim() == 3 else functional.conv2d
     window = (c["stride"], c["padding"], c["dilation"], c["groups"])
     return _weight_only(c, macs, lambda x, weight, bias: convolve(x, weight, bias, *window))
+
+
+def _weight_only_conv_transpose(c: Constants, macs: Macs) -> Kernel:
+    transpose = functional.conv_transpose1d if c["weight"].dim() == 3 else functional.conv_transpose2d
+    groups, inputs = c["groups"], c["weight"].shape[1] * c["groups"]
+    window = (c["stride"], c["padding"], c["output_padding"], groups, c["dilation"])
+    return _weight_only(
+        c,
+        macs,
+        lambda x, weight, bias: transpose(x, swapped(weight, groups), bias, *window),
+        lambda x, y: x.numel() // inputs * c["weight"].numel(),
+    )
 
 
 # --- between layers --------------------------------------------------------------------------------------------------
@@ -320,10 +347,13 @@ MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
     "dequantize": _dequantize,
     "linear": lambda c, macs: _static(_LinearSums(c, macs), c),
     "conv": lambda c, macs: _static(_ConvSums(c, macs), c),
+    "conv_transpose": lambda c, macs: _static(_transposed_sums(c, macs), c),
     "dynamic_linear": lambda c, macs: _dynamic(_LinearSums(c, macs), c),
     "dynamic_conv": lambda c, macs: _dynamic(_ConvSums(c, macs), c),
+    "dynamic_conv_transpose": lambda c, macs: _dynamic(_transposed_sums(c, macs), c),
     "weight_only_linear": lambda c, macs: _weight_only(c, macs, functional.linear),
     "weight_only_conv": _weight_only_conv,
+    "weight_only_conv_transpose": _weight_only_conv_transpose,
     "add": _add,
     "mul": _mul,
     "mean": _mean,
