@@ -27,6 +27,14 @@ def layer_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor | None]:
     return layer.weight.dequantize(), bias
 
 
+def lstm_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The float32 weight_ih, weight_hh and bias that an LSTM layer's int8 parameters stand for."""
+    hidden = plan.layers[node.name].hidden
+    assert hidden is not None
+    weight, bias = layer_parameters(plan, node)
+    return weight, hidden.dequantize(), bias
+
+
 class Simulation(fx.Interpreter):
     """Runs a plan's fused network in float32 with fake-quantized values and parameters: `run(*inputs)`.
 
@@ -46,8 +54,8 @@ class Simulation(fx.Interpreter):
 
 
 @torch.no_grad()
-def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Tensor:
-    """The fake-quantized value of one fused node, given the values of its inputs by name."""
+def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Any:
+    """The fake-quantized value of one fused node, given the values of its inputs by name; of an LSTM all three."""
 
     def read(source: fx.Node) -> Tensor:
         if source.op == "get_attr":
@@ -57,6 +65,8 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Tenso
         return value if plan.holds_codes(source) else fake_quantize(value, plan.qparams[source.name])
 
     args: tuple[Any, ...]
+    if node.target is float_ops.lstm:
+        return simulate_lstm(plan, node, read(node.args[0]), [_given(plan, values, arg) for arg in node.args[5:7]])
     if node.target in LAYERS:
         args = (read(node.args[0]), *layer_parameters(plan, node), *node.args[3:])
     elif node.target is float_ops.channel_affine:
@@ -67,3 +77,24 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Tenso
     if node.name in plan.accumulators:
         return result
     return fake_quantize(result, plan.qparams[node.name])
+
+
+def _given(plan: Plan, values: dict[str, Tensor], state: fx.Node | None) -> Tensor | None:
+    """A state as it is."""
+    if state is None:
+        return None
+    return plan.network.tensors[str(state.target)] if state.op == "get_attr" else values[state.name]
+
+
+def simulate_lstm(plan: Plan, node: fx.Node, x: Tensor, states: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer step by step: h is rounded once, and that value is both the result and the next step's input."""
+    weight_ih, weight_hh, bias = lstm_parameters(plan, node)
+    q = plan.qparams[node.name]
+    h, c = (x.new_zeros(x.shape[1], weight_hh.shape[1]) if state is None else state[0] for state in states)
+    h, steps = fake_quantize(h, q), []
+    for gates in torch.nn.functional.linear(x, weight_ih, bias).unbind(0):
+        i, f, g, o = (gates + torch.nn.functional.linear(h, weight_hh)).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = fake_quantize(torch.sigmoid(o) * torch.tanh(c), q)
+        steps.append(h)
+    return torch.stack(steps), h.unsqueeze(0), c.unsqueeze(0)
