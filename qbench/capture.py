@@ -79,7 +79,12 @@ def _trace(model: nn.Module, example: tuple[Any, ...], leaves: list[Tensor], dyn
         example = pytree.tree_map(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example)
     frozen = copy.deepcopy(model).eval()
     try:
-        with any_length(), warnings.catch_warnings(), torch.no_grad(), _quiet("torch._dynamo", "torch.export", "torch.fx"):
+        with (
+            any_length(),
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            _quiet("torch._dynamo", "torch.export", "torch.fx"),
+        ):
             warnings.simplefilter("ignore")  # torch.export warns about its own internals
             shapes = _any_batch(model, example) if dynamic_shapes is None else dynamic_shapes
             exported = torch.export.export(frozen, example, dynamic_shapes=shapes).run_decompositions({})

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from qbench import float_ops
 from qbench.arguments import lstm_arguments, weight_arguments
 from qbench.calibrate import Plan, constant_qparams
-from qbench.fusion import is_move
+from qbench.fusion import REORDERINGS, is_move
 from qbench.numerics import QParams, quantize
 from qbench.program import Program
 
@@ -40,7 +40,7 @@ class _Writer:
         self.graph = fx.Graph()
         self.tensors: dict[str, Tensor] = {}
         self.values: dict[fx.Node, fx.Node] = {}  # a node's value as it is
-        self.codes: dict[fx.Node, fx.Node] = {}  # the same as codes, once quantized
+        self.codes: dict[tuple[fx.Node, QParams], fx.Node] = {}  # the same as codes, once quantized
         self.floats: dict[fx.Node, fx.Node] = {}  # the same as float, once dequantized
 
     def write(self) -> Program:
@@ -104,10 +104,17 @@ class _Writer:
         """The value as codes: quantized once where it is float."""
         if self.plan.holds_codes(node):
             return self.values[node]
-        if node not in self.codes:
-            q = asdict(self.plan.qparams[node.name])
-            self.codes[node] = self.graph.call_function(int8.quantize.default, (self.values[node],), q)
-        return self.codes[node]
+        return self.quantized(node, self.plan.qparams[node.name])
+
+    def quantized(self, node: fx.Node, q: QParams) -> fx.Node:
+        """A float value as codes of q, made before what only puts its elements in another order."""
+        if (node, q) not in self.codes:
+            if node.target in REORDERINGS:
+                args = (self.quantized(node.args[0], q), *node.args[1:])
+                self.codes[node, q] = self.graph.call_function(node.target, args)
+            else:
+                self.codes[node, q] = self.graph.call_function(int8.quantize.default, (self.as_float(node),), asdict(q))
+        return self.codes[node, q]
 
     def as_float(self, node: fx.Node) -> fx.Node:
         """The value as float: dequantized once where it is codes."""
@@ -177,7 +184,7 @@ def _lstm(writer: _Writer, node: fx.Node) -> fx.Node:
 def _as_codes_of(writer: _Writer, node: fx.Node, y: QParams) -> fx.Node:
     """A value as codes of a given scale and zero point: quantized, or rescaled where it has others."""
     if not writer.plan.holds_codes(node):
-        return writer.graph.call_function(int8.quantize.default, (writer.as_float(node),), asdict(y))
+        return writer.quantized(node, y)
     return _rescaled(writer, writer.values[node], writer.plan.qparams[node.name], y)
 
 

@@ -40,13 +40,12 @@ CLAMPABLE = {
     float_ops.adaptive_average_pool,
     float_ops.channel_affine,
 }
+REORDERINGS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.flip.default}
 MOVES = {
+    *REORDERINGS,
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -60,7 +59,6 @@ MOVES = {
     aten.split_with_sizes.default,
     aten.chunk.default,
     aten.unbind.int,
-    aten.flip.default,
     aten.roll.default,
     aten.max_pool1d.default,
     aten.max_pool2d.default,
