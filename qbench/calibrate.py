@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from qbench.numerics import (
 )
 from qbench.observers import Extent, Tally
 from qbench.recipe import Recipe
+from qbench.recurrent import is_cell_state, lstm_bias
 
 REBATCHED = 32
 INTEGER = {
@@ -37,15 +39,20 @@ INTEGER = {
     float_ops.cat,
     float_ops.clamp,
     float_ops.unary,
+    float_ops.lstm,
 }
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The quantized parameters of a layer; `bias` is int32 on the accumulator's grid, float32 with several blocks."""
+    """The quantized parameters of a layer; `bias` is int32 on the accumulator's grid, float32 with several blocks.
+
+    `hidden` is an LSTM's second weight, which multiplies h; there `weight` multiplies x and `bias` is b_ih + b_hh.
+    """
 
     weight: QWeight
     bias: Tensor | None
+    hidden: QWeight | None = None
 
 
 @dataclass
@@ -69,6 +76,8 @@ class Plan:
         """Is the node's own value uint8 codes (and not float)?"""
         if node.target in INTEGER:
             return node.name not in self.accumulators
+        if is_cell_state(node, float_ops.lstm):
+            return False
         return is_move(node) and isinstance(node.args[0], fx.Node) and self.holds_codes(node.args[0])
 
     def nodes(self, *targets: Any) -> list[fx.Node]:
@@ -102,16 +111,17 @@ def choose(plan: Plan) -> None:
     for node in plan.network.graph.nodes:
         _choose(plan, node)
     _share_with_cat(plan)
-    for node in plan.nodes(*LAYERS):
+    for node in plan.nodes(*LAYERS, float_ops.lstm):
         plan.layers[node.name] = _layer_weights(plan, node)
 
 
 def check_sums(plan: Plan) -> None:
     """Raise ValueError naming the layer whose int32 sum could overflow."""
-    for node in plan.nodes(*LAYERS):
-        layer = plan.layers[node.name]
-        on_grid = layer.bias if layer.weight.scale.shape[1] == 1 else None
-        check_accumulator(node.meta["layer"] or node.name, layer.weight, on_grid)
+    for node in plan.nodes(*LAYERS, float_ops.lstm):
+        layer, name = plan.layers[node.name], node.meta["layer"] or node.name
+        check_accumulator(name, layer.weight, layer.bias if layer.weight.scale.shape[1] == 1 else None)
+        if layer.hidden is not None:
+            check_accumulator(name, layer.hidden, None)
 
 
 def _require_finite_constants(plan: Plan) -> None:
@@ -144,10 +154,21 @@ def _observed(plan: Plan) -> set[str]:
                 names.add(node.name)
             names |= {
                 source.name
-                for source in node.all_input_nodes
+                for source in rounded_inputs(node)
                 if source.op != "get_attr" and not plan.holds_codes(source) and isinstance(source.meta["val"], Tensor)
             }
     return names
+
+
+def rounded_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes that are read as codes of their own scale: of an LSTM only x, as a given h takes the layer's own."""
+    return list(node.args[:1]) if node.target is float_ops.lstm else node.all_input_nodes
+
+
+def rounded_value(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Tensor:
+    """What the scale of a node's result must hold: the result itself, of an LSTM every h."""
+    result: Tensor = float_ops.hidden_states(value[0], args[5]) if node.target is float_ops.lstm else value
+    return result
 
 
 class _Watch(fx.Interpreter):
@@ -159,10 +180,11 @@ class _Watch(fx.Interpreter):
         self.tallies = tallies
 
     def run_node(self, n: fx.Node) -> Any:
+        args, _ = self.fetch_args_kwargs_from_env(n)
         value = super().run_node(n)
         if n.name in self.tallies:
             try:
-                self.tallies[n.name].update(value)
+                self.tallies[n.name].update(rounded_value(n, value, args))
             except ValueError as error:
                 raise ValueError(f"layer {n.meta.get('layer') or n.name}: {error}") from error
         return value
@@ -171,7 +193,8 @@ class _Watch(fx.Interpreter):
 def _ranges(plan: Plan, observed: set[str], batches: list[list[Tensor]]) -> dict[str, tuple[float, float]]:
     observer, scheme = plan.recipe.observer, plan.recipe.activation_scheme
     module = plan.network.module()
-    if not observer.defined_by_batches:
+    batch_first = all(spec["shape"][:1] == [None] for spec in plan.network.inputs)  # else dimension 0 may be time
+    if batch_first and not observer.defined_by_batches:
         batches = list(_rebatched(batches))
     extents: dict[str, Any] = {name: Extent() for name in observed}
     if observer.two_passes:
@@ -234,18 +257,30 @@ def _only_read_here(plan: Plan, node: Any) -> list[fx.Node] | None:
     while node.op == "call_function" and len(node.users) == 1 and plan.holds_codes(node):
         chain.append(node)
         if node.target in INTEGER:
-            return None if node.target is float_ops.clamp else chain
+            return None if node.target is float_ops.clamp or _has_state(node) else chain
         node = node.args[0]
     return None
 
 
+def _has_state(node: fx.Node) -> bool:
+    """Does an LSTM start from a given h, which its readers' range need not hold?"""
+    return node.target is float_ops.lstm and node.args[5] is not None
+
+
 def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
-    """Quantize the parameters of a layer for the scale of its input."""
-    recipe, tensors = plan.recipe, plan.network.tensors
-    source, weight_node, bias_node = node.args[:3]
-    weight = tensors[weight_node.target]
-    bias = None if bias_node is None else tensors[bias_node.target]
-    x_scale = plan.qparams[source.name].scale
+    """Quantize the parameters of a layer for the scale of its input (and of an LSTM's h)."""
+    x_scale, is_lstm = plan.qparams[node.args[0].name].scale, node.target is float_ops.lstm
+    parameters = node.args[1:5] if is_lstm else node.args[1:3]
+    held = [None if arg is None else plan.network.tensors[arg.target] for arg in parameters]
+    if not is_lstm:
+        return _quantized(plan, node, *held, x_scale)
+    weight_ih, weight_hh, *biases = held
+    hidden = _quantized(plan, node, weight_hh, None, plan.qparams[node.name].scale).weight
+    return dataclasses.replace(_quantized(plan, node, weight_ih, lstm_bias(*biases), x_scale), hidden=hidden)
+
+
+def _quantized(plan: Plan, node: fx.Node, weight: Tensor, bias: Tensor | None, x_scale: float) -> LayerWeights:
+    recipe = plan.recipe
     one_block = recipe.granularity.block(weight.shape[1], recipe.group_size) == weight.shape[1]
     try:
         floor = bias_floor(bias, x_scale) if bias is not None and one_block else None

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from qbench.lengths import STANDS_FOR, any_length
 from qbench.normalize import normalize
 from qbench.structure import Structure, describe
 
@@ -81,7 +82,12 @@ def _trace(model: nn.Module, example: tuple[Any, ...], leaves: list[Tensor], dyn
         example = pytree.tree_map(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example)
     frozen = copy.deepcopy(model).eval()
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _quiet("torch._dynamo", "torch.export", "torch.fx"):
+        with (
+            any_length(),
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            _quiet("torch._dynamo", "torch.export", "torch.fx"),
+        ):
             warnings.simplefilter("ignore")  # torch.export warns about its own internals
             shapes = _any_batch(model, example) if dynamic_shapes is None else dynamic_shapes
             exported = torch.export.export(frozen, example, dynamic_shapes=shapes).run_decompositions({})
@@ -134,6 +140,7 @@ def _unlift(exported: torch.export.ExportedProgram, leaves: list[Tensor]) -> Net
             values[node] = graph.get_attr(spec.target)
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])
+            values[node].target = STANDS_FOR.get(node.target, node.target)
         values[node].meta = {"val": node.meta.get("val"), "layer": _layer(node)}
     results = pytree.tree_unflatten(
         list(range(len(exported.graph_signature.output_specs))), exported.call_spec.out_spec

@@ -71,6 +71,8 @@ def _check_values(call: str, full: dict[str, Any], tensors: dict[str, Tensor]) -
         raise ValueError(f"{call}: q_min is above q_max")
     if "weight" in held:
         _check_weight(call, held)
+    if "weight_ih" in held:
+        _check_lstm(call, held)
     if "table" in held and (held["table"].dtype != torch.uint8 or list(held["table"].shape) != [256]):
         raise ValueError(f"{call}: the table must be 256 uint8")
     if "gamma" in held and not all(_is_vector(held[name], held["gamma"].numel()) for name in ("gamma", "beta")):
@@ -99,7 +101,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "rows": lambda value: value in ("per_row", "per_tensor"),
     "scheme": lambda value: value in ("symmetric", "affine"),
     "groups": lambda value: 1 <= value < 2**31,
-    "block": lambda value: 1 <= value < 2**31,
+    **dict.fromkeys(("block", "weight_ih_block", "weight_hh_block"), lambda value: 1 <= value < 2**31),
     "divisor": lambda value: value is None or 1 <= value < 2**31,
 }
 
@@ -130,6 +132,17 @@ def _check_weight(call: str, held: dict[str, Any]) -> None:
         raise ValueError(f"{call}: an int32 bias goes with a static layer of one block")
     zeros = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
     check_accumulator(call, QWeight(weight, scale, zeros, block), bias if on_grid else None)
+
+
+def _check_lstm(call: str, held: dict[str, Any]) -> None:
+    """Two weights, [4 hidden, inputs] and [4 hidden, hidden]; the bias belongs to the sum of the first."""
+    outer = {name: held[name] for name in ("x_scale",) if name in held}
+    for name, bias in (("weight_ih", held["bias"]), ("weight_hh", None)):
+        parts = {f"weight{part}": held[f"{name}{part}"] for part in ("", "_scale", "_zero_point")}
+        _check_weight(f"{call} {name}", {**outer, **parts, "block": held[f"{name}_block"], "bias": bias})
+    gates, hidden = held["weight_hh"].shape
+    if gates != 4 * hidden or held["weight_ih"].shape[0] != gates:
+        raise ValueError(f"{call}: an LSTM's weights are [4 hidden, inputs] and [4 hidden, hidden]")
 
 
 def _check_window(call: str, held: dict[str, Any], weight: Tensor) -> None:

@@ -25,6 +25,7 @@ from qbench.figures import loss_figure
 from qbench.identity import sha256_of
 from qbench.measure import Measure
 from qbench.model import QuantizedModel
+from qbench.ops import WEIGHTS
 from qbench.quantization import checked_batches, quantize_network
 from qbench.recipe import AXES, Recipe
 from qbench.record import write_atomic
@@ -294,9 +295,9 @@ def granularity_effective(model: QuantizedModel) -> str:
     """What the layers' scales really are: `per_group`, or `per_group 15, per_channel 38` where layers are too small."""
     counts: dict[str, int] = {}
     for node in model.program.graph.nodes:
-        if "weight_scale" in node.kwargs:
-            rows, blocks = model.program.tensors[node.kwargs["weight_scale"].target].shape
-            outputs = model.program.tensors[node.kwargs["weight"].target].shape[0]
+        for name in set(WEIGHTS) & set(node.kwargs):
+            rows, blocks = model.program.tensors[node.kwargs[f"{name}_scale"].target].shape
+            outputs = model.program.tensors[node.kwargs[name].target].shape[0]
             kind = "per_group" if blocks > 1 else "per_tensor" if rows == 1 and outputs > 1 else "per_channel"
             counts[kind] = counts.get(kind, 0) + 1
     if len(counts) == 1:

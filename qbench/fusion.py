@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from qbench import float_ops
 from qbench.capture import Network
 from qbench.normalize import batch_norm_affine, free_name
+from qbench.recurrent import RECURRENT, lstm_operands
 from qbench.transposed import swapped
 
 aten = torch.ops.aten
@@ -46,13 +47,12 @@ CLAMPABLE = {
     float_ops.adaptive_average_pool,
     float_ops.channel_affine,
 }
+REORDERINGS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.flip.default}
 MOVES = {
+    *REORDERINGS,
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -66,7 +66,6 @@ MOVES = {
     aten.split_with_sizes.default,
     aten.chunk.default,
     aten.unbind.int,
-    aten.flip.default,
     aten.roll.default,
     aten.max_pool1d.default,
     aten.max_pool2d.default,
@@ -83,8 +82,7 @@ MOVES = {
 MAC_OPS = {
     "linear", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "mm", "bmm", "addmm", "addbmm", "baddbmm", "matmul", "mv", "dot", "einsum", "bilinear",
-    "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell",
-    "embedding_bag", "tensordot",
+    "scaled_dot_product_attention", "embedding_bag", "tensordot", *RECURRENT,
 }  # fmt: skip
 
 
@@ -105,24 +103,28 @@ def _pads_zero(node: fx.Node) -> bool:
     return not any(isinstance(value, float | int) and value for value in values)
 
 
-def has_macs(node: fx.Node) -> bool:
-    """Does the aten call multiply and accumulate?"""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in MAC_OPS
+def has_macs(node: fx.Node, operations: set[str] = MAC_OPS) -> bool:
+    """Does the aten call multiply and accumulate (and is it one of these operations)?"""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in operations
 
 
 def kept_layers(network: Network, patterns: tuple[str, ...]) -> set[str]:
-    """The layers that stay in float. Raises ValueError for a pattern that matches none of the layers."""
-    layers = [node.meta["layer"] for node in network.graph.nodes if has_macs(node)]
+    """The layers that stay in float. Raises ValueError for a pattern that matches none of the layers.
+
+    The name of an nn.LSTM stands for all its layers (`lstm` for `lstm.l0`, `lstm.l1`, ...).
+    """
+    nodes = [node for node in network.graph.nodes if has_macs(node)]
+    names = {(layer := node.meta["layer"]): {layer, node.meta.get("module", layer)} for node in nodes}
     for pattern in patterns:
-        if not fnmatch.filter(layers, pattern):
-            raise ValueError(f"keep_float: {pattern!r} matches no layer; layers are {', '.join(dict.fromkeys(layers))}")
-    return {layer for layer in layers if any(fnmatch.fnmatchcase(layer, pattern) for pattern in patterns)}
+        if not any(fnmatch.filter(alike, pattern) for alike in names.values()):
+            raise ValueError(f"keep_float: {pattern!r} matches no layer; layers are {', '.join(names)}")
+    return {layer for layer, alike in names.items() if any(fnmatch.filter(alike, pattern) for pattern in patterns)}
 
 
-def refuse_float_macs(graph: fx.Graph, kept: set[str]) -> None:
+def refuse_float_macs(graph: fx.Graph, kept: set[str], operations: set[str] = MAC_OPS) -> None:
     """Raise ValueError for a node that would multiply and accumulate in float without being named in keep_float."""
     for node in graph.nodes:
-        if has_macs(node) and node.meta["layer"] not in kept:
+        if has_macs(node, operations) and node.meta["layer"] not in kept:
             raise ValueError(
                 f"{node.target} in layer {node.meta['layer'] or node.name!r} has no int8 form; "
                 f"name the layer in keep_float to leave it in float"
@@ -144,7 +146,7 @@ def fuse(network: Network, kept: set[str]) -> Network:
     _fuse_clamps(fused.graph)
     fused.graph.eliminate_dead_code()
     for node in fused.graph.nodes:
-        if node.target in LAYERS:
+        if node.target in (*LAYERS, float_ops.lstm):
             node._rename(node.meta["layer"].replace(".", "_") or node.name)
     fused.graph.lint()
     return fused
@@ -216,6 +218,8 @@ def _layer(target: Any, full: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | N
             window = [_wide(full[name], count) for name in ("stride", "padding", "dilation")]
             more = [_wide(full["output_padding"], count)] if "output_padding" in full else []
             return function, (full["input"], full["weight"], full["bias"], *window, full["groups"], *more)
+        case aten.lstm.input if (operands := lstm_operands(full)) is not None:
+            return float_ops.lstm, operands
     return None
 
 

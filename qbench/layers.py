@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qbench import metrics, numerics
+from qbench import float_ops, metrics, numerics
 from qbench.capture import Network
 from qbench.fusion import LAYERS, fuse, has_macs, kept_layers, layer_call
 from qbench.model import QuantizedModel
+from qbench.ops import WEIGHTS
 from qbench.program import Macs, lower_graph
 from qbench.recipe import Recipe
 
@@ -61,7 +62,7 @@ def layer_table(network: Network, recipe: Recipe, model: QuantizedModel, inputs:
     lowered = Recorder(lower_graph(model.program, model.backend, macs))
     lowered.run(*inputs)
     kernels = {node.name: node.target for node in lowered.module.graph.nodes}
-    layers = [node for node in model.program.graph.nodes if "weight_scale" in node.kwargs]
+    layers = [node for node in model.program.graph.nodes if set(WEIGHTS) & set(node.kwargs)]
     rows = []
     for node, twin in zip(layers, float_layers, strict=True):
         before = macs.int8 + macs.float32
@@ -73,11 +74,13 @@ def layer_table(network: Network, recipe: Recipe, model: QuantizedModel, inputs:
                 layer=node.meta["layer"] or node.name,
                 operation=str(node.target).split(".")[1],
                 macs=performed // len(inputs[0]),
-                bytes=sum(_held(model, node, name) for name in ("weight", "weight_scale", "weight_zero_point", "bias")),
+                bytes=sum(model.program.tensors[value.target].nbytes for value in _held(node)),
                 sqnr_alone_db=metrics.sqnr_db(_first(floats.kept["output"]), _first(result)),
-                sqnr_in_place_db=metrics.sqnr_db(floats.kept[twin.name], _as_float(node, lowered.kept[node.name])),
-                weight_codes_used=_weight(model, node).unique().numel() / 256,
-                output_codes_used=_codes_used(lowered.kept[node.name]),
+                sqnr_in_place_db=metrics.sqnr_db(
+                    _first(floats.kept[twin.name]), _first(_as_float(node, lowered.kept[node.name]))
+                ),
+                weight_codes_used=_weights(model, node).unique().numel() / 256,
+                output_codes_used=_codes_used(_first(lowered.kept[node.name])),
             )
         )
     return rows
@@ -95,7 +98,7 @@ def as_csv(rows: list[LayerRow]) -> str:
 
 
 def _is_layer(node: fx.Node, kept: set[str]) -> bool:
-    if node.target in LAYERS:
+    if node.target in (*LAYERS, float_ops.lstm):
         return True
     return (
         node.op == "call_function"
@@ -105,24 +108,37 @@ def _is_layer(node: fx.Node, kept: set[str]) -> bool:
     )
 
 
-def _alone(node: fx.Node, twin: fx.Node, kernel: Any, values: dict[str, Any]) -> Tensor:
+def _alone(node: fx.Node, twin: fx.Node, kernel: Any, values: dict[str, Any]) -> Any:
     """The layer's result as float, its quantized form fed with the float network's own values."""
     x = values[twin.args[0].name]
+    states = _states(twin, values)
     if "x_scale" not in node.kwargs:
-        result: Tensor = kernel(x)
-        return result
-    activations = [_codes(x, node, "x")]
+        return kernel(x, *states)
+    activations = [_codes(x, node, "x_")]
     if twin.kwargs.get("residual") is not None:
-        activations.append(_codes(values[twin.kwargs["residual"].name], node, "residual"))
+        activations.append(_codes(values[twin.kwargs["residual"].name], node, "residual_"))
+    if states:
+        h, c = states
+        activations += [None if h is None else _codes(h, node, ""), c]
     return _as_float(node, kernel(*activations))
 
 
-def _codes(x: Tensor, node: fx.Node, name: str) -> Tensor:
-    scale, zero_point = node.kwargs[f"{name}_scale"], node.kwargs[f"{name}_zero_point"]
+def _states(twin: fx.Node, values: dict[str, Any]) -> list[Tensor | None]:
+    """h and c that an LSTM starts from, None for zeros; nothing for another layer."""
+    call = (twin.target, twin.args) if twin.target is float_ops.lstm else layer_call(twin)
+    if call is None or call[0] is not float_ops.lstm:
+        return []
+    return [None if state is None else values[state.name] for state in call[1][5:7]]
+
+
+def _codes(x: Tensor, node: fx.Node, prefix: str) -> Tensor:
+    scale, zero_point = node.kwargs[f"{prefix}scale"], node.kwargs[f"{prefix}zero_point"]
     return numerics.quantize(x, scale, zero_point, 0, 255).to(torch.uint8)
 
 
-def _as_float(node: fx.Node, value: Tensor) -> Tensor:
+def _as_float(node: fx.Node, value: Any) -> Any:
+    if isinstance(value, tuple):  # of an LSTM, whose c is float
+        return tuple(_as_float(node, part) for part in value)
     if value.is_floating_point():
         return value
     return numerics.dequantize(value, node.kwargs["scale"], node.kwargs["zero_point"])
@@ -132,7 +148,7 @@ def _codes_used(value: Tensor) -> float | None:
     return None if value.is_floating_point() else value.unique().numel() / 256
 
 
-def _rerun(network: Network, floats: Recorder, changed: fx.Node, value: Tensor) -> Any:
+def _rerun(network: Network, floats: Recorder, changed: fx.Node, value: Any) -> Any:
     """The float network's results when one node has another value; only what depends on it runs again."""
     values = {node: floats.kept[node.name] for node in network.graph.nodes} | {changed: value}
     dirty = {changed}
@@ -149,10 +165,12 @@ def _first(results: Any) -> Tensor:
     return results if isinstance(results, Tensor) else _first(results[0])
 
 
-def _weight(model: QuantizedModel, node: fx.Node) -> Tensor:
-    return model.program.tensors[node.kwargs["weight"].target]
+def _weights(model: QuantizedModel, node: fx.Node) -> Tensor:
+    """The codes of all the layer's weights."""
+    held = [model.program.tensors[node.kwargs[name].target] for name in WEIGHTS if name in node.kwargs]
+    return torch.cat([weight.flatten() for weight in held])
 
 
-def _held(model: QuantizedModel, node: fx.Node, name: str) -> int:
-    value = node.kwargs[name]
-    return model.program.tensors[value.target].nbytes if isinstance(value, fx.Node) else 0
+def _held(node: fx.Node) -> list[fx.Node]:
+    """The layer's tensors: codes, scales, zero points, bias."""
+    return [value for value in node.kwargs.values() if isinstance(value, fx.Node)]

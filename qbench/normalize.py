@@ -1,4 +1,4 @@
-"""One form for what a network can say in several: no identities, constants computed, batch norms folded."""
+"""One form for what a network can say in several: constants computed, batch norms folded, LSTMs split by layer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from qbench.recurrent import split_lstms
 from qbench.transposed import swapped
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def normalize(network: Network) -> None:
     """Rewrite a captured network in place; tensors that nothing reads any more are dropped."""
     _drop_identities(network.graph)
     _fold_constants(network)
+    split_lstms(network)
     _padding_in_numbers(network.graph)
     _fold_batch_norms(network)
     network.graph.eliminate_dead_code()

@@ -17,6 +17,10 @@ from torch.library import Library
 _X = "Tensor x, *, float x_scale, int x_zero_point"
 _Y = "float scale, int zero_point, int q_min, int q_max"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, int block"
+_CELL = ", ".join(
+    f"Tensor {w}, Tensor {w}_scale, Tensor? {w}_zero_point, int {w}_block" for w in ("weight_ih", "weight_hh")
+)
+_CELL = f"Tensor x, Tensor? h=None, Tensor? c=None, *, {_CELL}, Tensor? bias"
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 _TRANSPOSED = f"{_WINDOW}, int[] output_padding"
 _STATIC = (
@@ -41,6 +45,10 @@ SCHEMAS = (
     f"weight_only_linear(Tensor x, *, {_WEIGHT}) -> Tensor",
     f"weight_only_conv(Tensor x, *, {_WINDOW}, {_WEIGHT}) -> Tensor",
     f"weight_only_conv_transpose(Tensor x, *, {_TRANSPOSED}, {_WEIGHT}) -> Tensor",
+    # an LSTM layer in one direction: h of every step, the last h, the last c; a state that is absent is zero
+    f"lstm({_CELL}, float x_scale, int x_zero_point, {_Y}) -> (Tensor, Tensor, Tensor)",
+    f"dynamic_lstm({_CELL}, str rows, str scheme) -> (Tensor, Tensor, Tensor)",
+    f"weight_only_lstm({_CELL}) -> (Tensor, Tensor, Tensor)",
     # between layers
     f"add(Tensor a, Tensor b, *, float a_scale, int a_zero_point, float b_scale, int b_zero_point, float alpha, {_Y})"
     " -> Tensor",
@@ -54,7 +62,8 @@ SCHEMAS = (
     "clamp(Tensor x, *, int q_min, int q_max) -> Tensor",
     "table(Tensor x, *, Tensor table) -> Tensor",
 )
-ACTIVATIONS = ("x", "a", "b", "residual")
+ACTIVATIONS = ("x", "a", "b", "residual", "h", "c")
+WEIGHTS = ("weight", "weight_ih", "weight_hh")
 
 _library = Library("qbench", "DEF")  # the declarations live as long as this object
 for _schema in SCHEMAS:

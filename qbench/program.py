@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from qbench.backends import Backend
 from qbench.capture import attach
 from qbench.fusion import has_macs
 from qbench.ops import ACTIVATIONS, is_int8_op
+from qbench.recurrent import RECURRENT, check_lstm_sizes, is_cell_state, recurrent_macs
 
 EDGES = {torch.ops.qbench.quantize.default, torch.ops.qbench.dequantize.default}
 
@@ -74,7 +76,10 @@ class Program:
         return [
             f"{node.name}: {node.target}"
             for node in self.graph.nodes
-            if node.op == "call_function" and not is_int8_op(node.target) and kinds[node] == "float"
+            if node.op == "call_function"
+            and not is_int8_op(node.target)
+            and kinds[node] == "float"
+            and node.target is not operator.getitem  # one of several results: nothing is computed
         ] + [
             f"{node.name}: {node.target}"
             for node in self.graph.nodes
@@ -104,6 +109,8 @@ def _value_kinds(graph: fx.Graph) -> dict[fx.Node, str]:
             leaves_float = "dynamic" in str(node.target) or "weight_only" in str(node.target)
             leaves_float |= "scale" in node.kwargs and node.kwargs["scale"] is None
             kinds[node] = "float" if leaves_float else "codes"
+        elif is_cell_state(node, torch.ops.qbench.lstm.default):
+            kinds[node] = "float"
         elif node.op == "call_function":
             inputs = {kinds[source] for source in node.all_input_nodes if source.op != "get_attr"} - {"number"}
             arithmetic = not isinstance(node.target, torch._ops.OpOverload) and not inputs
@@ -144,20 +151,23 @@ def _kernel_node(
     schema = node.target._schema.arguments
     given: dict[str, Any] = {a.name: a.default_value for a in schema} | dict(node.kwargs)
     given |= dict(zip([a.name for a in schema], node.args, strict=False))
-    activations = [given[name] for name in ACTIVATIONS if name in given and given[name] is not None]
+    activations = [given[name] for name in ACTIVATIONS if name in given]
     constants = {
         name: tensors[value.target] if isinstance(value, fx.Node) else value
         for name, value in given.items()
         if name not in ACTIVATIONS
     }
     kernel = backend.kernel(node, constants, macs)
-    return graph.create_node("call_function", kernel, tuple(values[a] for a in activations), name=node.name)
+    args = tuple(None if a is None else values[a] for a in activations)
+    return graph.create_node("call_function", kernel, args, name=node.name)
 
 
 def _counting(target: Any, macs: Macs) -> Callable[..., Any]:
     """The float call itself, counting its multiply-accumulates."""
 
     def counted(*args: Any, **kwargs: Any) -> Any:
+        if target is torch.ops.aten.lstm.input:
+            check_lstm_sizes(*args, **kwargs)
         result = target(*args, **kwargs)
         macs.float32 += _float_macs(target, args, result)
         return result
@@ -177,4 +187,6 @@ def _float_macs(target: Any, args: tuple[Any, ...], result: Any) -> int:
         return int(result.numel() * args[0].shape[-1])
     if name in ("addmm", "baddbmm"):
         return int(result.numel() * args[1].shape[-1])
+    if name in RECURRENT and not name.endswith("cell"):
+        return recurrent_macs(args[0], args[2])
     return int(result.numel()) if isinstance(result, Tensor) else 1

@@ -16,6 +16,7 @@ from qbench import float_ops, numerics
 from qbench.calibrate import INTEGER, Plan, constant_qparams
 from qbench.fusion import LAYERS
 from qbench.numerics import QParams
+from qbench.recurrent import lstm_bias
 
 Watch = Callable[[str, Any], None]
 
@@ -55,22 +56,42 @@ def fake_quantize(x: Tensor, q: QParams) -> Tensor:
     return result
 
 
+def _in_place_of(x: Tensor, rounded: Tensor) -> Tensor:
+    """A parameter's rounded form, with the gradient of its float one."""
+    result: Tensor = _Replaced.apply(x, rounded)
+    return result
+
+
 def layer_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor | None]:
     """The float32 weight and bias that a layer's int8 parameters stand for, with the gradients of the float ones.
 
     No weight lies outside the codes: the scale comes from the weight's own range.
     """
+    weight, bias = (None if arg is None else plan.network.tensors[arg.target] for arg in node.args[1:3])
+    assert weight is not None
+    return _in_place_of(weight, plan.layers[node.name].weight.dequantize()), _bias(plan, node, bias)
+
+
+def lstm_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The float32 weight_ih, weight_hh and bias that an LSTM layer's int8 parameters stand for, as above."""
+    weight_ih, weight_hh, *biases = (
+        None if arg is None else plan.network.tensors[arg.target] for arg in node.args[1:5]
+    )
     layer = plan.layers[node.name]
-    weight_node, bias_node = node.args[1:3]
-    weight: Tensor = _Replaced.apply(plan.network.tensors[weight_node.target], layer.weight.dequantize())
-    if layer.bias is None:
-        return weight, None
-    float_bias = plan.network.tensors[bias_node.target]
-    if layer.bias.is_floating_point():
-        return weight, float_bias
+    assert weight_ih is not None
+    assert weight_hh is not None
+    assert layer.hidden is not None
+    hidden = _in_place_of(weight_hh, layer.hidden.dequantize())
+    return _in_place_of(weight_ih, layer.weight.dequantize()), hidden, _bias(plan, node, lstm_bias(*biases))
+
+
+def _bias(plan: Plan, node: fx.Node, bias: Tensor | None) -> Tensor | None:
+    """A float bias on the grid of the layer's accumulator; as it is where the weight has several blocks."""
+    layer = plan.layers[node.name]
+    if bias is None or layer.bias is None or layer.bias.is_floating_point():
+        return bias
     x_scale = plan.qparams[node.args[0].name].scale
-    bias = (layer.bias.double() * (layer.weight.scale.double()[:, 0] * x_scale)).float()
-    return weight, _Replaced.apply(float_bias, bias)
+    return _in_place_of(bias, (layer.bias.double() * (layer.weight.scale.double()[:, 0] * x_scale)).float())
 
 
 def _unwatched(name: str, value: Any) -> None:
@@ -100,8 +121,8 @@ class Simulation(fx.Interpreter):
         return simulate_node(self.plan, self.twins[n.name], values, self.watch)
 
 
-def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor], watch: Watch = _unwatched) -> Tensor:
-    """The fake-quantized value of one fused node, given the values of its inputs by name."""
+def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor], watch: Watch = _unwatched) -> Any:
+    """The fake-quantized value of one fused node, given the values of its inputs by name; of an LSTM all three."""
 
     def read(source: fx.Node) -> Tensor:
         if source.op == "get_attr":
@@ -111,6 +132,9 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor], watch: W
         return value if plan.holds_codes(source) else fake_quantize(value, plan.qparams[source.name])
 
     args: tuple[Any, ...]
+    if node.target is float_ops.lstm:
+        states = [_given(plan, values, arg) for arg in node.args[5:7]]
+        return simulate_lstm(plan, node, read(node.args[0]), states, watch)
     if node.target in LAYERS:
         args = (read(node.args[0]), *layer_parameters(plan, node), *node.args[3:])
     elif node.target is float_ops.channel_affine:
@@ -122,3 +146,27 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor], watch: W
     if node.name in plan.accumulators:
         return result
     return fake_quantize(result, plan.qparams[node.name])
+
+
+def _given(plan: Plan, values: dict[str, Tensor], state: fx.Node | None) -> Tensor | None:
+    """A state as it is."""
+    if state is None:
+        return None
+    return plan.network.tensors[str(state.target)] if state.op == "get_attr" else values[state.name]
+
+
+def simulate_lstm(
+    plan: Plan, node: fx.Node, x: Tensor, states: list[Tensor | None], watch: Watch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer step by step: h is rounded once, and that value is both the result and the next step's input."""
+    weight_ih, weight_hh, bias = lstm_parameters(plan, node)
+    q = plan.qparams[node.name]
+    h, c = (x.new_zeros(x.shape[1], weight_hh.shape[1]) if state is None else state[0] for state in states)
+    exact, steps = [h], [fake_quantize(h, q)]
+    for gates in torch.nn.functional.linear(x, weight_ih, bias).unbind(0):
+        i, f, g, o = (gates + torch.nn.functional.linear(steps[-1], weight_hh)).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        exact.append(torch.sigmoid(o) * torch.tanh(c))
+        steps.append(fake_quantize(exact[-1], q))
+    watch(node.name, torch.stack(exact))
+    return torch.stack(steps[1:]), steps[-1].unsqueeze(0), c.unsqueeze(0)
