@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops
+from qbench.attention import check_attention
 from qbench.capture import Network
 from qbench.fusion import fuse, is_move, kept_layers, refuse_float_macs
 from qbench.numerics import (
@@ -38,6 +40,9 @@ INTEGER = {
     float_ops.cat,
     float_ops.clamp,
     float_ops.unary,
+    float_ops.layer_norm,
+    float_ops.embedding,
+    float_ops.attention,
 }
 
 
@@ -85,6 +90,8 @@ def calibrate(network: Network, recipe: Recipe, batches: list[list[Tensor]]) -> 
     plan = Plan(fuse(network, kept), recipe)
     refuse_float_macs(plan.network.graph, kept)
     _require_finite_constants(plan)
+    for node in plan.nodes(float_ops.attention):
+        check_attention(node)
     plan.accumulators = _accumulators(plan)
     observed = _observed(plan)
     ranges = _ranges(plan, observed, batches)
@@ -93,6 +100,8 @@ def calibrate(network: Network, recipe: Recipe, batches: list[list[Tensor]]) -> 
     _share_with_cat(plan)
     for node in plan.nodes(*LAYERS):
         plan.layers[node.name] = _layer_weights(plan, node)
+    for node in plan.nodes(float_ops.embedding):
+        plan.layers[node.name] = LayerWeights(_weight(plan, node), None)
     return plan
 
 
@@ -101,7 +110,10 @@ def _require_finite_constants(plan: Plan) -> None:
     for node in plan.nodes(*INTEGER):
         for source in node.all_input_nodes:
             if source.op == "get_attr":
-                require_finite(f"layer {node.meta['layer']}: {source.target}", plan.network.tensors[source.target])
+                tensor = plan.network.tensors[source.target]
+                if node.target is float_ops.attention and source is node.args[3]:
+                    tensor = tensor.masked_fill(tensor == -math.inf, 0.0)  # a mask may hide
+                require_finite(f"layer {node.meta['layer']}: {source.target}", tensor)
 
 
 def constant_qparams(tensor: Tensor, recipe: Recipe) -> QParams:
@@ -124,12 +136,15 @@ def _observed(plan: Plan) -> set[str]:
         if node.target in INTEGER:
             if node.target is not float_ops.clamp and node.name not in plan.accumulators:
                 names.add(node.name)
-            names |= {
-                source.name
-                for source in node.all_input_nodes
-                if source.op != "get_attr" and not plan.holds_codes(source) and isinstance(source.meta["val"], Tensor)
-            }
+            names |= {source.name for source in _read_as_codes(node) if not plan.holds_codes(source)}
     return names
+
+
+def _read_as_codes(node: fx.Node) -> list[fx.Node]:
+    """The values that an integer node reads as codes: tensors of floats, but no mask."""
+    mask = node.args[3] if node.target is float_ops.attention else None
+    values = [source for source in node.all_input_nodes if source.op != "get_attr" and source is not mask]
+    return [s for s in values if isinstance(s.meta["val"], Tensor) and s.meta["val"].is_floating_point()]
 
 
 class _Watch(fx.Interpreter):
@@ -218,15 +233,20 @@ def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
     """Quantize the parameters of a layer for the scale of its input."""
     recipe, tensors = plan.recipe, plan.network.tensors
     source, weight_node, bias_node = node.args[:3]
-    weight = tensors[weight_node.target]
+    inputs = tensors[weight_node.target].shape[1]
     bias = None if bias_node is None else tensors[bias_node.target]
     x_scale = plan.qparams[source.name].scale
-    one_block = recipe.granularity.block(weight.shape[1], recipe.group_size) == weight.shape[1]
-    try:
-        floor = bias_floor(bias, x_scale) if bias is not None and one_block else None
-        quantized = quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size, floor)
-    except ValueError as error:
-        raise ValueError(f"layer {node.meta['layer'] or node.name}: {error}") from error
+    one_block = recipe.granularity.block(inputs, recipe.group_size) == inputs
+    quantized = _weight(plan, node, bias_floor(bias, x_scale) if bias is not None and one_block else None)
     on_grid = quantize_bias(bias, x_scale, quantized.scale) if bias is not None and one_block else None
     check_accumulator(node.meta["layer"] or node.name, quantized, on_grid)
     return LayerWeights(quantized, on_grid if one_block else bias)
+
+
+def _weight(plan: Plan, node: fx.Node, smallest_scale: Tensor | None = None) -> QWeight:
+    """Quantize the weight of a layer, its second argument. Raises ValueError that names the layer."""
+    recipe, weight = plan.recipe, plan.network.tensors[node.args[1].target]
+    try:
+        return quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size, smallest_scale)
+    except ValueError as error:
+        raise ValueError(f"layer {node.meta['layer'] or node.name}: {error}") from error

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from qbench import float_ops
+from qbench.attention import is_attention, only_masks
 from qbench.capture import Network
 from qbench.normalize import batch_norm_affine, free_name
 
@@ -84,6 +85,9 @@ MAC_OPS = {
 UNTAGGED_UNARY = {aten.hardswish.default}  # pointwise, though torch does not tag it so
 
 
+NAMED = {float_ops.linear, float_ops.conv, float_ops.attention, float_ops.layer_norm, float_ops.embedding}
+
+
 def is_move(node: fx.Node) -> bool:
     """Does the node only move codes (or take their maximum)?"""
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
@@ -103,9 +107,14 @@ def has_macs(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in MAC_OPS
 
 
+def is_layer(node: fx.Node) -> bool:
+    """Is the aten call one that keep_float can name: with multiply-accumulates, or with a weight to look up?"""
+    return has_macs(node) or node.target is aten.embedding.default
+
+
 def kept_layers(network: Network, patterns: tuple[str, ...]) -> set[str]:
     """The layers that stay in float. Raises ValueError for a pattern that matches none of the layers."""
-    layers = [node.meta["layer"] for node in network.graph.nodes if has_macs(node)]
+    layers = [node.meta["layer"] for node in network.graph.nodes if is_layer(node)]
     for pattern in patterns:
         if not fnmatch.filter(layers, pattern):
             raise ValueError(f"keep_float: {pattern!r} matches no layer; layers are {', '.join(dict.fromkeys(layers))}")
@@ -126,9 +135,10 @@ def fuse(network: Network, kept: set[str]) -> Network:
     """A new network over `float_ops`, in which the `kept` layers keep their aten calls."""
     fused = Network(fx.Graph(), dict(network.tensors), network.inputs, network.outputs)
     values: dict[fx.Node, Any] = {}
+    masks = only_masks(network.graph, has_macs)
     for node in network.graph.nodes:
         translated = None
-        if node.op == "call_function" and not (has_macs(node) and node.meta["layer"] in kept):
+        if node.op == "call_function" and node not in masks and not (is_layer(node) and node.meta["layer"] in kept):
             translated = _translate(fused, node, values)
         values[node] = translated or fused.graph.node_copy(node, lambda n: values[n])
         if translated is None:
@@ -137,7 +147,7 @@ def fuse(network: Network, kept: set[str]) -> Network:
     _fuse_clamps(fused.graph)
     fused.graph.eliminate_dead_code()
     for node in fused.graph.nodes:
-        if node.target in (float_ops.linear, float_ops.conv):
+        if node.target in NAMED:
             node._rename(node.meta["layer"].replace(".", "_") or node.name)
     fused.graph.lint()
     return fused
@@ -157,7 +167,7 @@ def _translate(fused: Network, node: fx.Node, values: dict[fx.Node, Any]) -> fx.
 def _call(fused: Network, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]] | None:
     full = _full(node, args, kwargs)
     match node.target:
-        case _ if (layer := _layer(node.target, full)) is not None:
+        case _ if (layer := _layer(node, full)) is not None:
             return *layer, {}
         case aten.add.Tensor | aten.sub.Tensor if _is_arithmetic(node):
             sign = 1.0 if node.target is aten.add.Tensor else -1.0
@@ -174,6 +184,9 @@ def _call(fused: Network, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> t
             return float_ops.average_pool, _pool_arguments(full, 1 if "1d" in str(node.target) else 2), {}
         case aten.adaptive_avg_pool1d.default | aten.adaptive_avg_pool2d.default:
             return float_ops.adaptive_average_pool, (full["self"], full["output_size"]), {}
+        case aten.layer_norm.default if _floats(node) and _has_constants(full["weight"], full["bias"]):
+            names = ("input", "normalized_shape", "weight", "bias", "eps")
+            return float_ops.layer_norm, tuple(full[name] for name in names), {}
         case aten.batch_norm.default:
             return float_ops.channel_affine, _batch_norm_arguments(fused, full), {}
         case aten.cat.default if _floats(node):
@@ -193,23 +206,33 @@ def _full(node: fx.Node, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
-    """The float_ops function and arguments of an aten call that is a layer with constant weights, else None."""
-    return _layer(node.target, _full(node, node.args, dict(node.kwargs)))
+    """The float_ops function and arguments of a layer with constant weights, or an attention; else None."""
+    return _layer(node, _full(node, node.args, dict(node.kwargs)))
 
 
-def _layer(target: Any, full: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
-    match target:
+def _layer(node: fx.Node, full: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    match node.target:
         case aten.linear.default if _is_constant(full["weight"]):
             return float_ops.linear, (full["input"], full["weight"], full["bias"])
         case aten.conv1d.default | aten.conv2d.default if _is_constant(full["weight"]):
-            count = 1 if target is aten.conv1d.default else 2
+            count = 1 if node.target is aten.conv1d.default else 2
             window = [_wide(full[name], count) for name in ("stride", "padding", "dilation")]
             return float_ops.conv, (full["input"], full["weight"], full["bias"], *window, full["groups"])
+        case aten.embedding.default if _is_constant(full["weight"]):
+            return float_ops.embedding, (full["indices"], full["weight"])
+        case aten.scaled_dot_product_attention.default if is_attention(node) and _floats(node):
+            names = ("query", "key", "value", "attn_mask", "is_causal", "scale")
+            return float_ops.attention, tuple(full[name] for name in names)
     return None
 
 
 def _is_constant(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def _has_constants(*values: Any) -> bool:
+    """Is each of the values, where there is one, constant?"""
+    return all(value is None or _is_constant(value) for value in values)
 
 
 def _floats(node: fx.Node) -> bool:

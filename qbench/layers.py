@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qbench import metrics, numerics
+from qbench import float_ops, metrics, numerics
 from qbench.calibrate import LAYERS
 from qbench.capture import Network
-from qbench.fusion import fuse, has_macs, kept_layers, layer_call
+from qbench.fusion import fuse, is_layer, kept_layers, layer_call
 from qbench.model import QuantizedModel
+from qbench.ops import is_int8_op
 from qbench.program import Macs, lower_graph
 from qbench.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of a quantized network. The codes used are shares of 256; None where the method has no codes there.
+    """One layer of a quantized network. The codes used are shares of 256; None where there are no codes.
 
     `sqnr_alone_db`: of the network's output with only this layer quantized. `sqnr_in_place_db`: of the layer's own
     output in the quantized network. Both against float on the same inputs, None when there is no difference.
@@ -33,7 +34,7 @@ class LayerRow:
     bytes: int
     sqnr_alone_db: float | None
     sqnr_in_place_db: float | None
-    weight_codes_used: float
+    weight_codes_used: float | None
     output_codes_used: float | None
 
 
@@ -53,16 +54,16 @@ class Recorder(fx.Interpreter):
 def layer_table(network: Network, recipe: Recipe, model: QuantizedModel, inputs: tuple[Tensor, ...]) -> list[LayerRow]:
     """A row for each quantized layer, in the order of execution, measured on a batch of inputs."""
     kept = kept_layers(network, recipe.keep_float) if recipe.applies("keep_float") else set()
-    static = any(node.target is torch.ops.qbench.quantize.default for node in model.program.graph.nodes)
-    compared = fuse(network, kept) if static else network
-    float_layers = [node for node in compared.graph.nodes if _is_layer(node, kept)]
+    compared = fuse(network, kept) if recipe.method.needs_calibration else network
+    attention = any(_attends(node) for node in model.program.graph.nodes)  # weight-only: it stays float
+    float_layers = [node for node in compared.graph.nodes if _is_layer(node, kept, attention)]
     floats = Recorder(compared.module())
     floats.run(*inputs)
     macs = Macs()
     lowered = Recorder(lower_graph(model.program, model.backend, macs))
     lowered.run(*inputs)
     kernels = {node.name: node.target for node in lowered.module.graph.nodes}
-    layers = [node for node in model.program.graph.nodes if "weight_scale" in node.kwargs]
+    layers = [node for node in model.program.graph.nodes if "weight_scale" in node.kwargs or _attends(node)]
     rows = []
     for node, twin in zip(layers, float_layers, strict=True):
         before = macs.int8 + macs.float32
@@ -77,7 +78,7 @@ def layer_table(network: Network, recipe: Recipe, model: QuantizedModel, inputs:
                 bytes=sum(_held(model, node, name) for name in ("weight", "weight_scale", "weight_zero_point", "bias")),
                 sqnr_alone_db=metrics.sqnr_db(_first(floats.kept["output"]), _first(result)),
                 sqnr_in_place_db=metrics.sqnr_db(floats.kept[twin.name], _as_float(node, lowered.kept[node.name])),
-                weight_codes_used=_weight(model, node).unique().numel() / 256,
+                weight_codes_used=_weight_codes_used(model, node),
                 output_codes_used=_codes_used(lowered.kept[node.name]),
             )
         )
@@ -95,30 +96,35 @@ def as_csv(rows: list[LayerRow]) -> str:
     return text.getvalue()
 
 
-def _is_layer(node: fx.Node, kept: set[str]) -> bool:
-    if node.target in LAYERS:
-        return True
-    return (
-        node.op == "call_function"
-        and has_macs(node)
-        and node.meta["layer"] not in kept
-        and layer_call(node) is not None
-    )
+def _attends(node: fx.Node) -> bool:
+    return is_int8_op(node.target) and "attention" in str(node.target)
+
+
+def _is_layer(node: fx.Node, kept: set[str], attention: bool) -> bool:
+    if node.op != "call_function" or (is_layer(node) and node.meta["layer"] in kept):
+        return False
+    function, _ = _call(node) or (None, ())
+    return function in (*LAYERS, float_ops.embedding) or (attention and function is float_ops.attention)
+
+
+def _call(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """The float_ops function and arguments of a node of either network, None for what is no layer."""
+    return layer_call(node) if is_layer(node) else (node.target, node.args)
 
 
 def _alone(node: fx.Node, twin: fx.Node, kernel: Any, values: dict[str, Any]) -> Tensor:
     """The layer's result as float, its quantized form fed with the float network's own values."""
-    x = values[twin.args[0].name]
-    if "x_scale" not in node.kwargs:
-        result: Tensor = kernel(x)
-        return result
-    activations = [_codes(x, node, "x")]
-    if twin.kwargs.get("residual") is not None:
-        activations.append(_codes(values[twin.kwargs["residual"].name], node, "residual"))
-    return _as_float(node, kernel(*activations))
+    function, arguments = _call(twin) or (None, ())
+    sources = [*arguments[: 4 if function is float_ops.attention else 1], twin.kwargs.get("residual")]
+    names = [argument.name for argument in node.target._schema.arguments if not argument.kwarg_only]
+    given = [(name, values[source.name]) for name, source in zip(names, sources, strict=False) if source is not None]
+    return _as_float(node, kernel(*(_codes(x, node, name) for name, x in given)))
 
 
 def _codes(x: Tensor, node: fx.Node, name: str) -> Tensor:
+    """In the form that the operation reads: codes, or as it is."""
+    if f"{name}_scale" not in node.kwargs:
+        return x
     scale, zero_point = node.kwargs[f"{name}_scale"], node.kwargs[f"{name}_zero_point"]
     return numerics.quantize(x, scale, zero_point, 0, 255).to(torch.uint8)
 
@@ -150,10 +156,11 @@ def _first(results: Any) -> Tensor:
     return results if isinstance(results, Tensor) else _first(results[0])
 
 
-def _weight(model: QuantizedModel, node: fx.Node) -> Tensor:
-    return model.program.tensors[node.kwargs["weight"].target]
+def _weight_codes_used(model: QuantizedModel, node: fx.Node) -> float | None:
+    weight = node.kwargs.get("weight")
+    return None if weight is None else model.program.tensors[weight.target].unique().numel() / 256
 
 
 def _held(model: QuantizedModel, node: fx.Node, name: str) -> int:
-    value = node.kwargs[name]
+    value = node.kwargs.get(name)
     return model.program.tensors[value.target].nbytes if isinstance(value, fx.Node) else 0

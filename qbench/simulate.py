@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from qbench import float_ops, numerics
 from qbench.calibrate import INTEGER, LAYERS, Plan, constant_qparams
-from qbench.numerics import QParams
+from qbench.functions import lane_sum, shifted_exp
+from qbench.numerics import PROBABILITIES, QParams
 
 
 def fake_quantize(x: Tensor, q: QParams) -> Tensor:
@@ -56,14 +57,32 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Tenso
         value = values[source.name]
         return value if plan.holds_codes(source) else fake_quantize(value, plan.qparams[source.name])
 
-    args: tuple[Any, ...]
+    def as_is(source: fx.Node) -> Tensor:
+        return plan.network.tensors[source.target] if source.op == "get_attr" else values[source.name]
+
+    function, args = node.target, fx.map_arg(node.args, read)
     if node.target in LAYERS:
         args = (read(node.args[0]), *layer_parameters(plan, node), *node.args[3:])
-    elif node.target is float_ops.channel_affine:
-        args = (read(node.args[0]), *(plan.network.tensors[arg.target] for arg in node.args[1:3]))
-    else:
-        args = fx.map_arg(node.args, read)
-    result: Tensor = node.target(*args, **fx.map_arg(node.kwargs, read))
+    elif node.target in (float_ops.channel_affine, float_ops.layer_norm):
+        args = (read(node.args[0]), *fx.map_arg(node.args[1:], as_is))
+    elif node.target is float_ops.embedding:
+        args = (as_is(node.args[0]), layer_parameters(plan, node)[0])
+    elif node.target is float_ops.attention:
+        function, args = attention, (*map(read, node.args[:3]), *fx.map_arg(node.args[3:], as_is))
+    result: Tensor = function(*args, **fx.map_arg(node.kwargs, read))
     if node.name in plan.accumulators:
         return result
     return fake_quantize(result, plan.qparams[node.name])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, factor: float) -> Tensor:
+    """float_ops.attention with probabilities rounded to their codes, and the exponential of the int8 program."""
+    scores = (q @ k.transpose(-2, -1)) * factor
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    e = shifted_exp(scores)
+    codes = fake_quantize(e * (255.0 / lane_sum(e).clamp(min=1.0)), QParams(1.0, 0, 0, 255))
+    return (codes * PROBABILITIES.scale) @ v

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops
+from qbench.attention import check_attention
 from qbench.capture import Network
-from qbench.convert import weight_arguments
-from qbench.fusion import has_macs, kept_layers, layer_call, refuse_float_macs
-from qbench.numerics import check_accumulator, quantize_weight, require_finite
+from qbench.convert import rows_arguments, weight_arguments
+from qbench.fusion import is_layer, kept_layers, layer_call, refuse_float_macs
+from qbench.numerics import QWeight, check_accumulator, quantize_weight, require_finite
 from qbench.program import Program
 from qbench.recipe import Recipe
 
@@ -38,7 +39,7 @@ def dynamic_program(network: Network, recipe: Recipe) -> Program:
 
 def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[str, Any]) -> Program:
     kept = kept_layers(network, recipe.keep_float)
-    calls = {node: call for node in network.graph.nodes if (call := _replaced(node, kept)) is not None}
+    calls = {node: call for node in network.graph.nodes if (call := _replaced(node, kept, kind)) is not None}
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     tensors = {
@@ -58,14 +59,11 @@ def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[s
         if call is None:
             values[node] = graph.node_copy(node, lambda n: values[n])
         else:
-            function, (x, weight_node, bias_node, *window) = call
-            arguments: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), window, strict=False))
-            arguments |= _weight(network, node, weight_node, bias_node, recipe, kind, hold) | options
-            name = f"{kind}_{'linear' if function is float_ops.linear else 'conv'}"
+            name, sources, arguments = _written(network, node, call, recipe, kind, hold, options)
             values[node] = graph.create_node(
                 "call_function",
                 getattr(int8, name).default,
-                (values[x],),
+                tuple(values[source] for source in sources),
                 arguments,
                 name=node.meta["layer"].replace(".", "_") or node.name,
             )
@@ -74,11 +72,33 @@ def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[s
     return Program(graph, tensors, network.inputs, network.outputs)
 
 
-def _replaced(node: fx.Node, kept: set[str]) -> tuple[Any, tuple[Any, ...]] | None:
+def _replaced(node: fx.Node, kept: set[str], kind: str) -> tuple[Any, tuple[Any, ...]] | None:
     """The layer's function and arguments when the node is one to quantize, else None."""
-    if node.op != "call_function" or not has_macs(node) or node.meta["layer"] in kept:
+    if node.op != "call_function" or not is_layer(node) or node.meta["layer"] in kept:
         return None
-    return layer_call(node)
+    call = layer_call(node)
+    without_weights = call is not None and call[0] is float_ops.attention
+    return None if without_weights and kind == "weight_only" else call
+
+
+def _written(
+    network: Network, node: fx.Node, call: Any, recipe: Recipe, kind: str, hold: Any, options: dict[str, Any]
+) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    """Name, activations and other arguments of the operation that a layer becomes."""
+    function, arguments = call
+    if function is float_ops.attention:
+        check_attention(node)
+        *sources, causal, factor = arguments
+        return "dynamic_attention", [s for s in sources if s], {"causal": causal, "factor": factor} | options
+    if function is float_ops.embedding:
+        indices, weight_node = arguments
+        weight, _ = _quantized(network, node, weight_node, None, recipe)
+        rows = rows_arguments(hold, node.meta["layer"] or node.name, weight)
+        return "embedding", [indices], rows | {"scale": None, "zero_point": 0, "q_min": 0, "q_max": 255}
+    x, weight_node, bias_node, *window = arguments
+    given: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), window, strict=False))
+    given |= _weight(network, node, weight_node, bias_node, recipe, kind, hold) | options
+    return f"{kind}_{'linear' if function is float_ops.linear else 'conv'}", [x], given
 
 
 def _weight(
@@ -91,18 +111,21 @@ def _weight(
     hold: Any,
 ) -> dict[str, Any]:
     layer = node.meta["layer"] or node.name
+    weight, bias = _quantized(network, node, weight_node, bias_node, recipe)
+    if kind == "dynamic":
+        check_accumulator(layer, weight, None)
+    return weight_arguments(hold, layer, weight, bias)
+
+
+def _quantized(
+    network: Network, node: fx.Node, weight_node: fx.Node, bias_node: fx.Node | None, recipe: Recipe
+) -> tuple[QWeight, Tensor | None]:
+    """The int8 weight and the float bias of a layer. Raises ValueError that names the layer."""
     bias = None if bias_node is None else network.tensors[bias_node.target]
     try:
         if bias is not None:
             require_finite("the bias", bias)
-        weight = quantize_weight(
-            network.tensors[weight_node.target],
-            recipe.granularity,
-            recipe.scheme,
-            recipe.group_size,
-        )
+        weight = network.tensors[weight_node.target]
+        return quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size), bias
     except ValueError as error:
-        raise ValueError(f"layer {layer}: {error}") from error
-    if kind == "dynamic":
-        check_accumulator(layer, weight, None)
-    return weight_arguments(hold, layer, weight, bias)
+        raise ValueError(f"layer {node.meta['layer'] or node.name}: {error}") from error

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qbench.numerics import centred, dequantize, dequantize_weight, multiplier, quantize, saturate
+from qbench.backends import reference_transformer as transformer
+from qbench.numerics import centred, dequantize, dequantize_weight, dynamic_codes, multiplier, quantize, saturate
 from qbench.recipe import option
-from qbench.schemes import UINT8_MIDDLE
 
 if TYPE_CHECKING:
     from qbench.program import Macs
@@ -178,15 +178,9 @@ def _dynamic(sums: Sums, c: Constants) -> Kernel:
     scheme, per_row = option("activation_scheme", c["scheme"]), c["rows"] == "per_row"
     weight_scales = [sums.by_output(s) for s in c["weight_scale"].unbind(1)]
     bias = None if c["bias"] is None else sums.by_output(c["bias"])
-    codes = scheme.codes(UINT8_MIDDLE)
 
     def run(x: Tensor) -> Tensor:
-        over = sums.row(x) if per_row else tuple(range(x.dim()))
-        lo, hi = x.amin(over, keepdim=True).double(), x.amax(over, keepdim=True).double()
-        if not bool((lo.isfinite() & hi.isfinite()).all()):
-            raise ValueError("dynamic quantization met a value that is not finite (NaN or infinity)")
-        scale, zero_point = scheme.choose(lo.clamp(max=0), hi.clamp(min=0), UINT8_MIDDLE)
-        q = quantize(x, scale, zero_point, *codes)
+        q, scale, zero_point = dynamic_codes(x, sums.row(x) if per_row else tuple(range(x.dim())), scheme)
         terms = (
             acc.float() * (scale * weight_scale)
             for acc, weight_scale in zip(sums((q - zero_point).double()), weight_scales, strict=True)
@@ -323,6 +317,10 @@ MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
     "dynamic_conv": lambda c, macs: _dynamic(_ConvSums(c, macs), c),
     "weight_only_linear": lambda c, macs: _weight_only(c, macs, functional.linear),
     "weight_only_conv": _weight_only_conv,
+    "embedding": transformer.embedding,
+    "attention": transformer.attention,
+    "dynamic_attention": transformer.dynamic_attention,
+    "layer_norm": transformer.layer_norm,
     "add": _add,
     "mul": _mul,
     "mean": _mean,
