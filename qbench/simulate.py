@@ -60,7 +60,7 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Tenso
     def as_is(source: fx.Node) -> Tensor:
         return plan.network.tensors[source.target] if source.op == "get_attr" else values[source.name]
 
-    function, args = node.target, fx.map_arg(node.args, read)
+    function, args = node.target, ()
     if node.target in LAYERS:
         args = (read(node.args[0]), *layer_parameters(plan, node), *node.args[3:])
     elif node.target in (float_ops.channel_affine, float_ops.layer_norm):
@@ -69,6 +69,8 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Tenso
         args = (as_is(node.args[0]), layer_parameters(plan, node)[0])
     elif node.target is float_ops.attention:
         function, args = attention, (*map(read, node.args[:3]), *fx.map_arg(node.args[3:], as_is))
+    else:
+        args = fx.map_arg(node.args, read)
     result: Tensor = function(*args, **fx.map_arg(node.kwargs, read))
     if node.name in plan.accumulators:
         return result

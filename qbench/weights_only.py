@@ -45,7 +45,7 @@ def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[s
     tensors = {
         str(node.target): network.tensors[str(node.target)]
         for node in network.graph.nodes
-        if node.op == "get_attr" and not all(user in calls for user in node.users)
+        if node.op == "get_attr" and not all(user in calls and node in _parameters(*calls[user]) for user in node.users)
     }
 
     def hold(name: str, tensor: Tensor) -> fx.Node:
@@ -79,6 +79,13 @@ def _replaced(node: fx.Node, kept: set[str], kind: str) -> tuple[Any, tuple[Any,
     call = layer_call(node)
     without_weights = call is not None and call[0] is float_ops.attention
     return None if without_weights and kind == "weight_only" else call
+
+
+def _parameters(function: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a layer's operation holds in a form of its own: the weight and the bias."""
+    if function is float_ops.attention:
+        return ()
+    return arguments[1:2] if function is float_ops.embedding else arguments[1:3]
 
 
 def _written(
