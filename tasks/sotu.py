@@ -1,7 +1,7 @@
 """State of the Union addresses, embedded: text for a character model (data/PROVENANCE.md).
 
-Whole speeches are held out, every third of those since 1934. A speech is cut into windows of CONTEXT characters, each with the
-characters that follow them as targets.
+Whole speeches are held out, one of every three since 1934. A window is CONTEXT characters, with the characters that
+follow each of them as targets.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ CALIBRATION_WINDOWS, CALIBRATION_BATCH = 128, 32
 
 # sha256 of the files' content, not of their compression: two gzip programs may pack the same text differently.
 SHA256 = {
-    "training.txt": "65cc25898e7e93c8fa2f1c2e4520a347dd54c4e2bbc086d1ee7829d4f6fff14c",
-    "held_out.txt": "38332c7f75cbdb5f96849ae33077ce69e1c4abae59b510ca34511c2603dfe397",
+    "training.txt": "b281ed29932128940d1313024c3a25442cd41f36f5400fa9e2741291700d1b12",
+    "held_out.txt": "6b6a0cb883962666db5f103b76579855a8f78ab218e0370b76aa1d11312619fa",
 }
 
 

