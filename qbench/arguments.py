@@ -16,11 +16,12 @@ WINDOW = ("stride", "padding", "dilation", "groups", "output_padding")  # as man
 
 def weight_arguments(hold: Hold, prefix: str, weight: QWeight, bias: Tensor | None) -> dict[str, Any]:
     """Those of a layer with one weight; `hold` makes a tensor of the program under a name."""
-    return {
-        **_stored(hold, prefix, "weight", weight),
-        "bias": None if bias is None else hold(f"{prefix}.bias", bias),
-        "block": weight.block,
-    }
+    return rows_arguments(hold, prefix, weight) | {"bias": None if bias is None else hold(f"{prefix}.bias", bias)}
+
+
+def rows_arguments(hold: Hold, prefix: str, weight: QWeight) -> dict[str, Any]:
+    """Those of a weight that is looked up, an embedding's."""
+    return {**_stored(hold, prefix, "weight", weight), "block": weight.block}
 
 
 def lstm_arguments(hold: Hold, prefix: str, weight: QWeight, hidden: QWeight, bias: Tensor | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qbench import figures
+from qbench.calibrate import PARAMETERS
 from qbench.capture import Network
 from qbench.fusion import layer_call, layer_weight
 from qbench.layers import Recorder, as_csv, layer_table
@@ -45,7 +46,8 @@ def write_artifacts(
 
 
 def _has_layers(network: Network) -> bool:
-    return any(node.op == "call_function" and layer_call(node) is not None for node in network.graph.nodes)
+    calls = (layer_call(node) for node in network.graph.nodes if node.op == "call_function")
+    return any(call is not None and call[0] in PARAMETERS for call in calls)
 
 
 def _figures(folder: Path, made: Path, network: Network, inputs: tuple[Tensor, ...]) -> None:
@@ -67,6 +69,7 @@ def skewed_activation(network: Network, inputs: tuple[Tensor, ...]) -> tuple[Ten
     recorder.run(*inputs)
     calls = [(layer_call(node), node.meta["layer"]) for node in network.graph.nodes if node.op == "call_function"]
     entering = [(recorder.kept[call[1][0].name], layer) for call, layer in calls if call is not None]
+    entering = [(values, layer) for values, layer in entering if values.is_floating_point()]  # no indices
 
     def one_sidedness(entry: tuple[Tensor, str]) -> float:
         lo, hi = min(float(entry[0].min()), 0.0), max(float(entry[0].max()), 0.0)
@@ -80,7 +83,7 @@ def diverging_weight(network: Network) -> tuple[Tensor, str]:
     weights = [
         (layer_weight(network, call), node.meta["layer"])
         for node in network.graph.nodes
-        if node.op == "call_function" and (call := layer_call(node)) is not None
+        if node.op == "call_function" and (call := layer_call(node)) is not None and call[0] in PARAMETERS
     ]
 
     def divergence(entry: tuple[Tensor, str]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops
+from qbench.attention import check_attention
 from qbench.capture import Network
 from qbench.fusion import LAYERS, fuse, is_move, kept_layers, refuse_float_macs
 from qbench.numerics import (
@@ -40,7 +42,20 @@ INTEGER = {
     float_ops.clamp,
     float_ops.unary,
     float_ops.lstm,
+    float_ops.layer_norm,
+    float_ops.embedding,
+    float_ops.attention,
 }
+
+
+# The operands that are float parameters, of each layer with weights.
+PARAMETERS = {**dict.fromkeys(LAYERS, slice(1, 3)), float_ops.lstm: slice(1, 5), float_ops.embedding: slice(1, 2)}
+
+
+def parameters(node: fx.Node) -> tuple[fx.Node | None, ...]:
+    """The nodes of a layer's weights and biases."""
+    found: tuple[fx.Node | None, ...] = node.args[PARAMETERS[node.target]]
+    return found
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,8 @@ def calibrate(network: Network, recipe: Recipe, batches: list[list[Tensor]]) -> 
     plan = Plan(fuse(network, kept), recipe)
     refuse_float_macs(plan.network.graph, kept)
     _require_finite_constants(plan)
+    for node in plan.nodes(float_ops.attention):
+        check_attention(node)
     plan.accumulators = _accumulators(plan)
     plan.ranges = _ranges(plan, _observed(plan), batches)
     choose(plan)
@@ -111,7 +128,7 @@ def choose(plan: Plan) -> None:
     for node in plan.network.graph.nodes:
         _choose(plan, node)
     _share_with_cat(plan)
-    for node in plan.nodes(*LAYERS, float_ops.lstm):
+    for node in plan.nodes(*PARAMETERS):
         plan.layers[node.name] = _layer_weights(plan, node)
 
 
@@ -129,7 +146,10 @@ def _require_finite_constants(plan: Plan) -> None:
     for node in plan.nodes(*INTEGER):
         for source in node.all_input_nodes:
             if source.op == "get_attr":
-                require_finite(f"layer {node.meta['layer']}: {source.target}", plan.network.tensors[source.target])
+                tensor = plan.network.tensors[source.target]
+                if node.target is float_ops.attention and source is node.args[3]:
+                    tensor = tensor.masked_fill(tensor == -math.inf, 0.0)  # a mask may hide
+                require_finite(f"layer {node.meta['layer']}: {source.target}", tensor)
 
 
 def constant_qparams(tensor: Tensor, recipe: Recipe) -> QParams:
@@ -152,17 +172,19 @@ def _observed(plan: Plan) -> set[str]:
         if node.target in INTEGER:
             if node.target is not float_ops.clamp and node.name not in plan.accumulators:
                 names.add(node.name)
-            names |= {
-                source.name
-                for source in rounded_inputs(node)
-                if source.op != "get_attr" and not plan.holds_codes(source) and isinstance(source.meta["val"], Tensor)
-            }
+            names |= {source.name for source in _read_as_codes(node) if not plan.holds_codes(source)}
     return names
 
 
-def rounded_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes that are read as codes of their own scale: of an LSTM only x, as a given h takes the layer's own."""
-    return list(node.args[:1]) if node.target is float_ops.lstm else node.all_input_nodes
+def _read_as_codes(node: fx.Node) -> list[fx.Node]:
+    """The values that are read as codes of their own scale: tensors of floats, but no mask.
+
+    Of an LSTM only x: a given h takes the layer's own.
+    """
+    mask = node.args[3] if node.target is float_ops.attention else None
+    inputs = node.args[:1] if node.target is float_ops.lstm else node.all_input_nodes
+    values = [source for source in inputs if source.op != "get_attr" and source is not mask]
+    return [s for s in values if isinstance(s.meta["val"], Tensor) and s.meta["val"].is_floating_point()]
 
 
 def rounded_value(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Tensor:
@@ -269,10 +291,11 @@ def _has_state(node: fx.Node) -> bool:
 
 def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
     """Quantize the parameters of a layer for the scale of its input (and of an LSTM's h)."""
-    x_scale, is_lstm = plan.qparams[node.args[0].name].scale, node.target is float_ops.lstm
-    parameters = node.args[1:5] if is_lstm else node.args[1:3]
-    held = [None if arg is None else plan.network.tensors[arg.target] for arg in parameters]
-    if not is_lstm:
+    held = [None if arg is None else plan.network.tensors[arg.target] for arg in parameters(node)]
+    if node.target is float_ops.embedding:
+        return LayerWeights(_weight(plan, node, *held), None)
+    x_scale = plan.qparams[node.args[0].name].scale
+    if node.target is not float_ops.lstm:
         return _quantized(plan, node, *held, x_scale)
     weight_ih, weight_hh, *biases = held
     hidden = _quantized(plan, node, weight_hh, None, plan.qparams[node.name].scale).weight
@@ -280,13 +303,17 @@ def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
 
 
 def _quantized(plan: Plan, node: fx.Node, weight: Tensor, bias: Tensor | None, x_scale: float) -> LayerWeights:
-    recipe = plan.recipe
-    one_block = recipe.granularity.block(weight.shape[1], recipe.group_size) == weight.shape[1]
-    try:
-        floor = bias_floor(bias, x_scale) if bias is not None and one_block else None
-        quantized = quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size, floor)
-    except ValueError as error:
-        raise ValueError(f"layer {node.meta['layer'] or node.name}: {error}") from error
+    one_block = plan.recipe.granularity.block(weight.shape[1], plan.recipe.group_size) == weight.shape[1]
+    quantized = _weight(plan, node, weight, bias_floor(bias, x_scale) if bias is not None and one_block else None)
     if bias is not None and one_block:
         bias = quantize_bias(bias, x_scale, quantized.scale)
     return LayerWeights(quantized, bias)
+
+
+def _weight(plan: Plan, node: fx.Node, weight: Tensor, smallest_scale: Tensor | None = None) -> QWeight:
+    """Quantize a weight. Raises ValueError that names the layer."""
+    recipe = plan.recipe
+    try:
+        return quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size, smallest_scale)
+    except ValueError as error:
+        raise ValueError(f"layer {node.meta['layer'] or node.name}: {error}") from error

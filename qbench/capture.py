@@ -6,6 +6,8 @@ import copy
 import inspect
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +89,7 @@ def _trace(model: nn.Module, example: tuple[Any, ...], leaves: list[Tensor], dyn
             warnings.catch_warnings(),
             torch.no_grad(),
             _quiet("torch._dynamo", "torch.export", "torch.fx"),
+            _without_fast_path(),
         ):
             warnings.simplefilter("ignore")  # torch.export warns about its own internals
             shapes = _any_batch(model, example) if dynamic_shapes is None else dynamic_shapes
@@ -107,6 +110,17 @@ def _any_batch(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Any]:
         name: pytree.tree_map(lambda t: {0: torch.export.Dim.DYNAMIC} if t.dim() else {}, value)
         for name, value in by_parameter.items()
     }
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Transformer modules say each product: their fused kernel of evaluation mode would hide them."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _quiet:

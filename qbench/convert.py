@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops
-from qbench.arguments import WINDOW, lstm_arguments, weight_arguments
+from qbench.arguments import WINDOW, lstm_arguments, rows_arguments, weight_arguments
 from qbench.calibrate import Plan, constant_qparams
 from qbench.fusion import REORDERINGS, is_move
 from qbench.numerics import QParams, quantize
@@ -256,6 +256,37 @@ def _unary(writer: _Writer, node: fx.Node) -> fx.Node:
     return writer.call(node, int8.table.default, (x,), table=writer.hold(f"{node.name}.table", entries))
 
 
+def _embedding(writer: _Writer, node: fx.Node) -> fx.Node:
+    held = rows_arguments(writer.hold, node.meta["layer"] or node.name, writer.plan.layers[node.name].weight)
+    return writer.call(node, int8.embedding.default, (writer.as_is(node.args[0]),), **held, **writer.result(node))
+
+
+def _attention(writer: _Writer, node: fx.Node) -> fx.Node:
+    *sources, mask, causal, factor = node.args
+    activations, scales = [], {}
+    for name, source in zip("qkv", sources, strict=True):
+        codes, q = writer.operand(source)
+        activations.append(codes)
+        scales |= {f"{name}_scale": q.scale, f"{name}_zero_point": q.zero_point}
+    if mask is not None:
+        activations.append(writer.as_float(mask))
+    options = {"factor": factor, "causal": causal}
+    return writer.call(node, int8.attention.default, tuple(activations), **options, **scales, **writer.result(node))
+
+
+def _layer_norm(writer: _Writer, node: fx.Node) -> fx.Node:
+    """gamma / s_y and beta / s_y, float32, where a norm without them has ones and zeros."""
+    source, shape, *affine, eps = node.args
+    x, q = writer.operand(source)
+    y = writer.plan.qparams[node.name]
+    held = {}
+    for name, parameter, default in zip(("gamma", "beta"), affine, (1.0, 0.0), strict=True):
+        given = writer.plan.network.tensors[parameter.target] if parameter else torch.full(tuple(shape), default)
+        held[name] = writer.hold(f"{node.meta['layer'] or node.name}.{name}", (given.double() / y.scale).float())
+    read = {"x_scale": q.scale, "x_zero_point": q.zero_point}
+    return writer.call(node, int8.layer_norm.default, (x,), **read, **held, eps=float(eps), **writer.result(node))
+
+
 RULES: dict[Any, Callable[[_Writer, fx.Node], fx.Node]] = {
     float_ops.linear: _layer,
     float_ops.conv: _layer,
@@ -272,4 +303,7 @@ RULES: dict[Any, Callable[[_Writer, fx.Node], fx.Node]] = {
     float_ops.clamp: _clamp,
     float_ops.unary: _unary,
     float_ops.lstm: _lstm,
+    float_ops.embedding: _embedding,
+    float_ops.attention: _attention,
+    float_ops.layer_norm: _layer_norm,
 }

@@ -158,6 +158,21 @@ def clamp(x: Tensor, low: Bound = None, high: Bound = None) -> Tensor:
     return bounded(x, low, high)
 
 
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer normalization over the last dimensions, those of `shape`."""
+    return torch.nn.functional.layer_norm(x, list(shape), weight, bias, eps)
+
+
+def embedding(indices: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight [rows, features] by integer index [...]: [..., features]."""
+    return torch.nn.functional.embedding(indices, weight)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, factor: float) -> Tensor:
+    """softmax(factor * q k^T + mask) v of q [..., L, D], k [..., S, D], v [..., S, Dv]; a row hidden whole gives 0."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=factor)
+
+
 def unary(x: Tensor, function: Callable[..., Tensor], arguments: Sequence[Any], options: dict[str, Any]) -> Tensor:
     """Any other activation, computed in float64: in int8 it is a table of 256 entries."""
     y: Tensor = function(x.double(), *arguments, **options)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from qbench import structure
 from qbench.backends import Backend
 from qbench.capture import attach
-from qbench.fusion import has_macs
+from qbench.fusion import has_macs, is_move
 from qbench.ops import ACTIVATIONS, is_int8_op
 from qbench.recurrent import RECURRENT, check_lstm_sizes, is_cell_state, recurrent_macs
 
@@ -72,7 +72,7 @@ class Program:
     @property
     def float_ops(self) -> list[str]:
         """The calls that compute in float, by node: neither int8 operations nor moves of codes."""
-        kinds = _value_kinds(self.graph)
+        kinds = _value_kinds(self)
         return [
             f"{node.name}: {node.target}"
             for node in self.graph.nodes
@@ -99,11 +99,14 @@ class Program:
         return run
 
 
-def _value_kinds(graph: fx.Graph) -> dict[fx.Node, str]:
-    """For each node whether its value is float, codes, or a number (sizes)."""
+def _value_kinds(program: Program) -> dict[fx.Node, str]:
+    """For each node whether its value is float, codes, or a number (sizes, indices, moved constants)."""
     kinds: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        if node.target is torch.ops.qbench.dequantize.default or node.op == "placeholder":
+    dtypes = iter(spec["dtype"] for spec in program.inputs)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            kinds[node] = "float" if getattr(torch, next(dtypes)).is_floating_point else "number"
+        elif node.target is torch.ops.qbench.dequantize.default:
             kinds[node] = "float"
         elif is_int8_op(node.target):
             leaves_float = "dynamic" in str(node.target) or "weight_only" in str(node.target)
@@ -113,8 +116,8 @@ def _value_kinds(graph: fx.Graph) -> dict[fx.Node, str]:
             kinds[node] = "float"
         elif node.op == "call_function":
             inputs = {kinds[source] for source in node.all_input_nodes if source.op != "get_attr"} - {"number"}
-            arithmetic = not isinstance(node.target, torch._ops.OpOverload) and not inputs
-            sized = arithmetic or "sym_size" in str(node.target)
+            arithmetic = not isinstance(node.target, torch._ops.OpOverload) or (is_move(node) and node.all_input_nodes)
+            sized = (arithmetic and not inputs) or "sym_size" in str(node.target)
             kinds[node] = "number" if sized else "codes" if inputs == {"codes"} else "float"
         else:
             kinds[node] = "constant"
@@ -189,4 +192,7 @@ def _float_macs(target: Any, args: tuple[Any, ...], result: Any) -> int:
         return int(result.numel() * args[1].shape[-1])
     if name in RECURRENT and not name.endswith("cell"):
         return recurrent_macs(args[0], args[2])
+    if name == "scaled_dot_product_attention":
+        rows, keys = result.numel() // result.shape[-1], args[1].shape[-2]
+        return int(rows * keys * (args[0].shape[-1] + result.shape[-1]))
     return int(result.numel()) if isinstance(result, Tensor) else 1

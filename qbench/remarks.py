@@ -11,7 +11,7 @@ from qbench.record import Record
 LEGEND = (
     "P  Pareto-optimal: no other cell is as small, as good and, where latency is a result, as fast.",
     "B  the best score of its method.",
-    "drop  fp32 minus int8, positive is worse, with its paired 95 % interval; not significant: the interval holds 0.",
+    "drop  how much worse than fp32 (positive is worse), with its paired 95 % interval; not significant: it holds 0.",
 )
 
 

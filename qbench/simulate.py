@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops, numerics
-from qbench.calibrate import INTEGER, Plan, constant_qparams
+from qbench.calibrate import INTEGER, Plan, constant_qparams, parameters
+from qbench.functions import lane_sum, shifted_exp
 from qbench.fusion import LAYERS
-from qbench.numerics import QParams
+from qbench.numerics import PROBABILITIES, QParams
 from qbench.recurrent import lstm_bias
 
 Watch = Callable[[str, Any], None]
@@ -67,9 +68,9 @@ def layer_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor | None]:
 
     No weight lies outside the codes: the scale comes from the weight's own range.
     """
-    weight, bias = (None if arg is None else plan.network.tensors[arg.target] for arg in node.args[1:3])
-    assert weight is not None
-    return _in_place_of(weight, plan.layers[node.name].weight.dequantize()), _bias(plan, node, bias)
+    weight, *biases = _float_parameters(plan, node)
+    weight = _in_place_of(weight, plan.layers[node.name].weight.dequantize())
+    return weight, _bias(plan, node, *biases) if biases else None
 
 
 def lstm_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -83,6 +84,11 @@ def lstm_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor, Tensor |
     assert layer.hidden is not None
     hidden = _in_place_of(weight_hh, layer.hidden.dequantize())
     return _in_place_of(weight_ih, layer.weight.dequantize()), hidden, _bias(plan, node, lstm_bias(*biases))
+
+
+def _float_parameters(plan: Plan, node: fx.Node) -> list[Any]:
+    """The float weights and biases of a layer, None for a bias that it lacks."""
+    return [None if source is None else plan.network.tensors[str(source.target)] for source in parameters(node)]
 
 
 def _bias(plan: Plan, node: fx.Node, bias: Tensor | None) -> Tensor | None:
@@ -131,28 +137,28 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor], watch: W
         value = values[source.name]
         return value if plan.holds_codes(source) else fake_quantize(value, plan.qparams[source.name])
 
-    args: tuple[Any, ...]
+    def as_is(source: fx.Node) -> Tensor:
+        return plan.network.tensors[source.target] if source.op == "get_attr" else values[source.name]
+
+    function, args = node.target, ()
     if node.target is float_ops.lstm:
-        states = [_given(plan, values, arg) for arg in node.args[5:7]]
+        states = [None if state is None else as_is(state) for state in node.args[5:7]]
         return simulate_lstm(plan, node, read(node.args[0]), states, watch)
     if node.target in LAYERS:
         args = (read(node.args[0]), *layer_parameters(plan, node), *node.args[3:])
-    elif node.target is float_ops.channel_affine:
-        args = (read(node.args[0]), *(plan.network.tensors[arg.target] for arg in node.args[1:3]))
+    elif node.target in (float_ops.channel_affine, float_ops.layer_norm):
+        args = (read(node.args[0]), *fx.map_arg(node.args[1:], as_is))
+    elif node.target is float_ops.embedding:
+        args = (as_is(node.args[0]), layer_parameters(plan, node)[0])
+    elif node.target is float_ops.attention:
+        function, args = attention, (*map(read, node.args[:3]), *fx.map_arg(node.args[3:], as_is))
     else:
         args = fx.map_arg(node.args, read)
-    result: Tensor = node.target(*args, **fx.map_arg(node.kwargs, read))
+    result: Tensor = function(*args, **fx.map_arg(node.kwargs, read))
     watch(node.name, result)
     if node.name in plan.accumulators:
         return result
     return fake_quantize(result, plan.qparams[node.name])
-
-
-def _given(plan: Plan, values: dict[str, Tensor], state: fx.Node | None) -> Tensor | None:
-    """A state as it is."""
-    if state is None:
-        return None
-    return plan.network.tensors[str(state.target)] if state.op == "get_attr" else values[state.name]
 
 
 def simulate_lstm(
@@ -170,3 +176,16 @@ def simulate_lstm(
         steps.append(fake_quantize(exact[-1], q))
     watch(node.name, torch.stack(exact))
     return torch.stack(steps[1:]), steps[-1].unsqueeze(0), c.unsqueeze(0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, factor: float) -> Tensor:
+    """float_ops.attention with probabilities rounded to their codes, and the exponential of the int8 program."""
+    scores = (q @ k.transpose(-2, -1)) * factor
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    e = shifted_exp(scores)
+    codes = fake_quantize(e * (255.0 / lane_sum(e).clamp(min=1.0)), QParams(1.0, 0, 0, 255))
+    return (codes * PROBABILITIES.scale) @ v

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from qbench.backends import reference_lstm
+from qbench.backends import reference_transformer as transformer
 from qbench.backends.reference_transposed import TransposedSums
-from qbench.numerics import centred, dequantize, dequantize_weight, multiplier, quantize, saturate
+from qbench.numerics import centred, dequantize, dequantize_weight, dynamic_codes, multiplier, quantize, saturate
 from qbench.recipe import option
-from qbench.schemes import UINT8_MIDDLE
 from qbench.transposed import swapped
 
 if TYPE_CHECKING:
@@ -184,14 +184,10 @@ def _static(sums: Sums, c: Constants) -> Kernel:
 def _dynamic_codes(scheme_name: str) -> Callable[[Tensor, tuple[int, ...]], tuple[Tensor, Tensor]]:
     """Quantizes x with its range over some dimensions: q - z in float64, and the scale with those of size 1."""
     scheme = option("activation_scheme", scheme_name)
-    codes = scheme.codes(UINT8_MIDDLE)
 
     def codes_of(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        lo, hi = x.amin(over, keepdim=True).double(), x.amax(over, keepdim=True).double()
-        if not bool((lo.isfinite() & hi.isfinite()).all()):
-            raise ValueError("dynamic quantization met a value that is not finite (NaN or infinity)")
-        scale, zero_point = scheme.choose(lo.clamp(max=0), hi.clamp(min=0), UINT8_MIDDLE)
-        return (quantize(x, scale, zero_point, *codes) - zero_point).double(), scale
+        q, scale, zero_point = dynamic_codes(x, over, scheme)
+        return (q - zero_point).double(), scale
 
     return codes_of
 
@@ -381,6 +377,10 @@ MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
     "lstm": _lstm,
     "dynamic_lstm": _dynamic_lstm,
     "weight_only_lstm": reference_lstm.weight_only,
+    "embedding": transformer.embedding,
+    "attention": transformer.attention,
+    "dynamic_attention": transformer.dynamic_attention,
+    "layer_norm": transformer.layer_norm,
     "add": _add,
     "mul": _mul,
     "mean": _mean,
