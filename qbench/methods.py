@@ -1,4 +1,4 @@
-"""The ways of quantizing a network, one object each (design: weights only, dynamic, static).
+"""The ways of quantizing a network, one object each (weights only, dynamic, static), and the float baselines.
 
 The class names are lower-case on purpose: the name of the class is the name of the option (`method=ptsq`).
 A method says which axes of a recipe mean something to it, and builds the program from the normalized network.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qbench.program import Program
     from qbench.recipe import Recipe
 
-__all__ = ["fp32", "ptdq", "ptsq", "woq"]
+__all__ = ["bf16", "fp32", "ptdq", "ptsq", "woq"]
 
 WEIGHT_AXES = ("granularity", "scheme")
 
@@ -28,6 +28,7 @@ class Method(Protocol):
     label: ClassVar[str]
     axes: ClassVar[tuple[str, ...]]
     needs_calibration: ClassVar[bool]
+    runs_in_torch: ClassVar[bool]  # every operation is torch's own, none the backend's
 
     def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
         """Turn the normalized network into a program; `calibration` is the input tensors of each batch.
@@ -45,12 +46,30 @@ class fp32:
     label: ClassVar[str] = "fp32"
     axes: ClassVar[tuple[str, ...]] = ()
     needs_calibration: ClassVar[bool] = False
+    runs_in_torch: ClassVar[bool] = True
 
     def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
         """The network as it is."""
         from qbench.weights_only import float_program
 
         return float_program(network)
+
+
+@dataclass(frozen=True)
+class bf16:
+    """The second float baseline: weights and arithmetic in bfloat16, nothing calibrated."""
+
+    name: ClassVar[str] = "bf16"
+    label: ClassVar[str] = "bf16"
+    axes: ClassVar[tuple[str, ...]] = ()
+    needs_calibration: ClassVar[bool] = False
+    runs_in_torch: ClassVar[bool] = True
+
+    def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
+        """The network in bfloat16, float32 at its edges."""
+        from qbench.bfloat16 import bfloat16_program
+
+        return bfloat16_program(network)
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,7 @@ class woq:
     label: ClassVar[str] = "woq"
     axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "keep_float")
     needs_calibration: ClassVar[bool] = False
+    runs_in_torch: ClassVar[bool] = False
 
     def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
         """Replace each layer by its weight-only form."""
@@ -77,6 +97,7 @@ class ptdq:
     label: ClassVar[str] = "ptdq"
     axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "activation_scheme", "activation_granularity", "keep_float")
     needs_calibration: ClassVar[bool] = False
+    runs_in_torch: ClassVar[bool] = False
 
     def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
         """Replace each layer by its dynamic form."""
@@ -91,8 +112,17 @@ class ptsq:
 
     name: ClassVar[str] = "ptsq"
     label: ClassVar[str] = "ptsq"
-    axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "activation_scheme", "observer", "output", "keep_float")
+    axes: ClassVar[tuple[str, ...]] = (
+        *WEIGHT_AXES,
+        "activation_scheme",
+        "observer",
+        "output",
+        "keep_float",
+        "calibration_samples",
+        "calibration_seed",
+    )
     needs_calibration: ClassVar[bool] = True
+    runs_in_torch: ClassVar[bool] = False
 
     def build(self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None) -> Program:
         """Calibrate, then convert to an int8 program."""

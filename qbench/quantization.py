@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qbench.calibration_draw import draw
 from qbench.capture import Network, capture
 from qbench.model import QuantizedModel
 from qbench.program import check_inputs
@@ -52,7 +53,7 @@ def quantize_network(
 def calibration_batches(
     network: Network, recipe: Recipe, calibration: Iterable[tuple[Any, ...]] | None
 ) -> list[list[Tensor]]:
-    """The input tensors of each batch, checked. Raises ValueError that names the batch."""
+    """The input tensors of each batch, checked and drawn as the recipe says. Raises ValueError that names the batch."""
     batches = [pytree.tree_leaves(batch) for batch in calibration or ()]
     if not batches:
         raise ValueError(
@@ -65,4 +66,4 @@ def calibration_batches(
                 raise ValueError("it has values that are not finite (NaN or infinity)")
         except ValueError as error:
             raise ValueError(f"calibration batch {number}: {error}") from error
-    return batches
+    return draw(batches, recipe.calibration_samples, recipe.calibration_seed)
