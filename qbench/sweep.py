@@ -31,7 +31,7 @@ class Options:
     force: bool
     dry_run: bool
     sweep: str  # its name in the MLflow store, the same when it is resumed
-    page: Callable[[list[Record], Path], list[Path]] | None = None  # writes the sweep's own page from its records
+    page: Callable[[list[Record], Path], list[Path]] | None = None  # writes the sweep's page, which comes first
 
 
 def run_sweep(composer: Composer) -> int:
@@ -156,8 +156,8 @@ def show(cells: Sequence[Cell], options: Options) -> int:
     log_missing(records, options)
     report.write_summary(_alike(cells, options), options.results)
     print(report.table(records))
-    for path in options.page(records, options.results) if options.page else []:
-        print(f"page: {path}")
+    if options.page:
+        print(f"page: {options.page(records, options.results)[0]}")
     print(f"mlflow ui --backend-store-uri {tracking.store_uri(options.results)}")
     print(tracking.deep_link(options.results, options.sweep))
     return tell_failures([record for record in records if record.status == "failed"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import Apply, every_operation
+from test_report import native
 from torch import nn
 from torch.nn import functional
 
@@ -111,9 +112,7 @@ def test_its_latency_is_a_result_with_any_backend():
 
 
 def test_why_it_is_slow():
-    from test_report import native
-
-    bare = {"granularity": None, "scheme": None, "method": "bf16"}
-    slow = native(0.5, metrics={"int8_mac_fraction": 0.0}, notes=["bf16_emulated"], **bare)
+    slow = native(0.5, method="bf16", metrics={"int8_mac_fraction": 0.0})
+    assert "not the arithmetic" in slow_reason(slow)
+    slow.notes.append("bf16_emulated")
     assert slow_reason(slow) == "no bfloat16 instructions on this CPU: torch converts around every operation"
-    assert "not the arithmetic" in slow_reason(native(0.5, metrics={"int8_mac_fraction": 0.0}, **bare))

@@ -114,7 +114,7 @@ def test_speed_is_never_compared_where_it_is_no_result():
     slow = {"speedup": 1.0, "speedup_ci_low": 0.9, "speedup_ci_high": 1.1}
     cells = [cell("ptsq"), cell("ptdq")]
     for made, speed in zip(cells, (fast, slow), strict=True):
-        made.metrics |= speed
+        made.metrics.update(speed)
     (row,) = methods.suited_speed(asked(*cells))
     assert (row.texts[3], row.word) == ("no result with backend reference", UNTESTED)
     for made in cells:
@@ -223,7 +223,10 @@ def test_a_finished_sweep_writes_its_page_again_without_running(tmp_path):
     records = {read_record(path).activation_scheme for path in folder.glob("results/runs/*/record.json")}
     assert records == {None, "affine", "symmetric"}
     first = page.read_bytes()
-    assert b"python -m qbench --config-dir my -m task=tiny measure=least" in first
+    command = (
+        b"python -m qbench --config-dir my -m task=tiny method=ptsq measure=least activation_scheme=affine,symmetric"
+    )
+    assert command in first
     assert b"| tiny | ptsq |" in first
     page.unlink()
     again = qbench(folder, "+sweep=claims")

@@ -55,18 +55,19 @@ def test_at_most(limit, word):
 
 
 @pytest.mark.parametrize(
-    ("difference", "limit", "word"),
+    ("difference", "limit", "decibels", "word"),
     [
-        (ABOVE, 9.0, FAILS),  # significant, however small against the limit
-        (BELOW, 9.0, HOLDS),
-        (AROUND, 9.0, HOLDS),
-        (AROUND, 1.0, WEAKLY),
-        (AROUND, 0.4, OPEN),
-        (None, 9.0, UNTESTED),
+        (ABOVE, 9.0, -3.0, FAILS),  # significant, however small against the limit
+        (BELOW, 9.0, None, HOLDS),
+        (AROUND, 9.0, 0.9, HOLDS),
+        (AROUND, 9.0, 1.0, WEAKLY),
+        (AROUND, 1.0, -3.0, WEAKLY),
+        (AROUND, 0.4, 3.0, OPEN),
+        (None, 9.0, 3.0, UNTESTED),
     ],
 )
-def test_no_gain(difference, limit, word):
-    assert verdicts.no_gain(difference, limit) == word
+def test_no_gain(difference, limit, decibels, word):
+    assert verdicts.no_gain(difference, limit, decibels) == word
 
 
 @pytest.mark.parametrize(("value", "word"), [(0.3, HOLDS), (0.31, WEAKLY), (0.51, FAILS), (None, UNTESTED)])

@@ -15,7 +15,7 @@ from qbench.results import run_folder
 from qbench.textbook import figures, methods, tensors
 from qbench.textbook.claims import LIMIT, Claim, Question, Row
 from qbench.textbook.selection import Selection, command
-from qbench.textbook.verdicts import FAILS, HOLDS, MARGIN_DB, OPEN, UNTESTED, WEAKLY
+from qbench.textbook.verdicts import FAILS, HOLDS, MARGIN_DB, OPEN, UNTESTED, WEAKLY, WORDS
 
 CLAIMS = (*methods.CLAIMS, *tensors.CLAIMS)
 PAGE = "textbook.md"
@@ -47,11 +47,11 @@ def page(records: Sequence[Record], results: Path, depthwise: Sequence[str] = ()
     """
     asked = Question(Selection(records), results, depthwise)
     drawn = figures.write(asked.cells, results)
-    sections, summary, files = [], ["| claim | verdict |", "| :-- | :-- |"], list(drawn.values())
+    sections, summary, files = [], [_cells(["claim", "verdict", "rows"]), _cells([":--"] * 3)], list(drawn.values())
     for number, claim in enumerate(CLAIMS, start=1):
         rows = claim.rows(asked)
         verdict = claim.verdict(rows)
-        summary.append(f"| {number}. {claim.title} | {verdict} |")
+        summary.append(_cells([f"{number}. {claim.title}", verdict, _counts(rows)]))
         pictures = _pictures(claim, rows, asked)
         files += pictures
         sections += [f"## {number}. {claim.title}: {verdict}", "", *_section(claim, rows), *map(_image, pictures)]
@@ -79,6 +79,12 @@ def _section(claim: Claim, rows: Sequence[Row]) -> list[str]:
     lines += [_cells([*row.texts, row.word]) for row in rows]
     cells = {cell.key: cell for row in rows for cell in row.cells if not compare.is_baseline(cell)}
     return [*lines, "", "```sh", command(list(cells.values())), "```", ""]
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    """`holds 3, holds weakly 1`: how the rows stand."""
+    words = [row.word for row in rows]
+    return ", ".join(f"{word} {words.count(word)}" for word in WORDS if word in words) or "none"
 
 
 def _cells(texts: Sequence[str]) -> str:

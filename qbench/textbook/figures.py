@@ -69,7 +69,7 @@ def drops_figure(cells: Mapping[str, Mapping[str, Record]], path: Path) -> None:
         names.append("")
     _stretch(ax, reach)
     ax.set_yticks([row for row, name in enumerate(names) if name], [name for name in names if name])
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 1.4, -0.6)
     ax.set_xlabel("score drop, percent of the fp32 score; right is worse; with its paired 95 % interval")
     figure.legend(loc="outside lower right", fontsize=9)
     save(figure, path)

@@ -51,7 +51,7 @@ def symmetric_weights(asked: Question) -> list[Row]:
     for task, affine, symmetric in _pairs(asked, WEIGHTS, "scheme", "affine", "symmetric"):
         won, decibels = gain(affine, symmetric), sqnr_gain(affine, symmetric)
         texts = (task, affine.method, in_unit(affine, won), limit(affine), optional(decibels, "+.1f"))
-        rows.append(Row(texts, no_gain(won, small(affine)), (affine, symmetric), decibels))
+        rows.append(Row(texts, no_gain(won, small(affine), decibels), (affine, symmetric), decibels))
     return rows
 
 
@@ -99,7 +99,8 @@ CLAIMS = (
         "Chosen by Data Distribution",
         "A zero point of 0 suits a distribution that is symmetric around zero, as that of weights.",
         "Affine weights must not gain anything over symmetric ones, a scale each channel. A row does not hold where "
-        f"their gain is significant; it holds where the interval stays below {LIMIT}, weakly where its middle does.",
+        f"their gain is significant; it holds where the interval stays below {LIMIT} and the SQNR gains less than "
+        f"{MARGIN_DB:g} dB, weakly where the middle of the interval stays below.",
         ("task", "method", "gain of affine (interval)", "small", "SQNR, dB"),
         symmetric_weights,
         figures=("histogram-weight.png",),

@@ -18,6 +18,7 @@ WEAKLY = "holds weakly"
 FAILS = "does not hold here"
 OPEN = "not significant"
 UNTESTED = "not testable here"
+WORDS = (HOLDS, WEAKLY, OPEN, FAILS, UNTESTED)
 
 SMALL = 0.01  # of the fp32 score: MLPerf's inference rules ask int8 networks to keep 99 % of it
 MARGIN_DB = 1.0  # SQNR comes without an interval: smaller differences are none
@@ -89,9 +90,15 @@ def at_most(cost: Difference | None, limit: float) -> str:
     return WEAKLY if cost.value < limit else OPEN
 
 
-def no_gain(difference: Difference | None, limit: float) -> str:
-    """Does a change gain nothing? A significant gain refutes it, however small; else it has to stay below the limit."""
-    return FAILS if difference is not None and difference.low > 0.0 else at_most(difference, limit)
+def no_gain(difference: Difference | None, limit: float, decibels: float | None) -> str:
+    """Does a change gain nothing? A significant gain refutes it, however small; else it has to stay below the limit.
+
+    A gain in SQNR beyond the margin leaves `holds weakly`, whatever the score.
+    """
+    if difference is not None and difference.low > 0.0:
+        return FAILS
+    word = at_most(difference, limit)
+    return WEAKLY if word == HOLDS and decibels is not None and decibels >= MARGIN_DB else word
 
 
 def share(value: float | None, goal: float, weak: float) -> str:
