@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qbench import comparison as compare
 from qbench.columns import difference_unit, score, score_name, score_unit
-from qbench.figures import BLUE, GREEN, ORANGE, PURPLE, RED, new_figure, save
+from qbench.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, new_figure, save
 from qbench.record import Record, write_atomic
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def spread_figure(groups: Sequence[Draws], path: Path) -> None:
     for column, task in zip(axes.T, tasks, strict=True):
         own = [group for group in groups if group.task == task]
         factor, unit = score_unit(own[0].cells[0])
+        column[0].axhline(factor * own[0].cells[0].metrics["score_fp32"], color=GREY, linestyle="--", label="fp32")
         _panel(column[0], own, observers, "score", factor)
         _panel(column[1], own, observers, "sqnr_db", 1.0)
         column[0].set_title(task)
@@ -127,7 +128,7 @@ def spread_figure(groups: Sequence[Draws], path: Path) -> None:
         column[1].set_ylabel("SQNR, dB")
         column[1].set_xlabel("calibration examples")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(observers), fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     save(figure, path)
 
 

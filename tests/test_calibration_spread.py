@@ -43,14 +43,14 @@ def test_nothing_drawn_is_said(tmp_path):
     assert "No cells with a calibration_seed." in only.read_text()
 
 
-def test_the_figure_has_a_column_a_task_and_a_line_an_observer(tmp_path, monkeypatch):
+def test_the_figure_has_a_column_a_task_and_a_line_an_observer_beside_fp32(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(calibration_spread, "save", lambda figure, path: figures.append(figure))
     other = [dataclasses.replace(cell, task="lstm") for cell in CELLS]
     page([*CELLS, *other, drawn(0, 0.0, 30.0, observer="mse")], tmp_path)
     (figure,) = figures
     assert [ax.get_title() for ax in figure.axes] == ["resnet18", "lstm", "", ""]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["minmax", "mse"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fp32", "minmax", "mse"]
 
 
 SWEEP = """# @package _global_

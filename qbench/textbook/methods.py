@@ -42,8 +42,8 @@ def memory(asked: Question) -> list[Row]:
             file, fetched = cell.metrics.get("size_ratio"), parameter_bytes(asked.results, cell)
             part = fetched / whole if fetched and whole else None
             word = share(max((ratio for ratio in (file, part) if ratio is not None), default=None), QUARTER, HALF)
-            texts = (task, cell.method, optional(cell.metrics.get("size_bytes"), ".3f", 1e-6), optional(file, ".3f"))
-            texts = (*texts, optional(fetched, ".3f", 1e-6), optional(part, ".3f"))
+            sizes = optional(cell.metrics.get("size_bytes"), ".3f", 1e-6), optional(file, ".3f")
+            texts = (task, cell.method, *sizes, optional(fetched, ".3f", 1e-6), optional(part, ".3f"))
             rows.append(Row(texts, word, tuple(present([cell, fp32]))))
     return rows
 
@@ -144,8 +144,9 @@ def recovery(asked: Question) -> list[Row]:
             if ptsq is None or qat is None or compare.significance(ptsq) != "worse":
                 continue
             won, decibels = gain(qat, ptsq), sqnr_gain(qat, ptsq)
-            texts = (task, granularity, in_unit(ptsq, drop(ptsq)), in_unit(qat, drop(qat)), in_unit(qat, won))
-            texts = (*texts, f"{100 * (1 - compare.drop(qat) / compare.drop(ptsq)):.0f} %", optional(decibels, "+.1f"))
+            drops = in_unit(ptsq, drop(ptsq)), in_unit(qat, drop(qat)), in_unit(qat, won)
+            recovered = f"{100 * (1 - compare.drop(qat) / compare.drop(ptsq)):.0f} %"
+            texts = (task, granularity, *drops, recovered, optional(decibels, "+.1f"))
             rows.append(Row(texts, better(won, decibels), (ptsq, qat), decibels))
     return rows
 
