@@ -1,11 +1,10 @@
-"""The calibration page: draws grouped, their spread by hand, and the page of a real small sweep."""
+"""The calibration page: draws grouped, their spread by hand, and what the sweep asks."""
 
 import dataclasses
 
 from test_report import record
-from user_project import make, qbench
 
-from qbench import calibration_spread
+from qbench import calibration_spread, cli
 from qbench.calibration_spread import grouped, page
 
 
@@ -53,27 +52,13 @@ def test_the_figure_has_a_column_a_task_and_a_line_an_observer_beside_fp32(tmp_p
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fp32", "minmax", "mse"]
 
 
-SWEEP = """# @package _global_
-page:
-  _target_: qbench.calibration_spread.page
-hydra:
-  mode: MULTIRUN
-  sweeper:
-    params:
-      task: tiny
-      measure: least
-      method: fp32,ptsq
-      calibration_samples: 4
-      calibration_seed: 0,1
-"""
-
-
-def test_a_real_sweep(tmp_path):
-    folder = make(tmp_path)
-    (folder / "my" / "sweep" / "draws.yaml").write_text(SWEEP)
-    ended = qbench(folder, "+sweep=draws")
-    assert ended.returncode == 0, ended.stderr
-    assert "[1/3] tiny fp32" in ended.stdout  # one fp32 cell, whatever is drawn
-    assert "ptsq channel sym calibration_samples=4 calibration_seed=1" in ended.stdout
-    assert "| minmax | 4 | 2 |" in (folder / "results" / "calibration.md").read_text()
-    assert (folder / "results" / "calibration.png").stat().st_size > 1000
+def test_the_sweep_asks_each_draw_once_and_fp32_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["+sweep=calibration", "task=resnet18", "observer=mse", "calibration_samples=16", "dry_run=true"]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "to do  resnet18[fp32]"
+    assert lines[2] == (
+        "to do  resnet18[ptsq-per_channel-symmetric observer=mse calibration_samples=16 calibration_seed=1]"
+    )
+    assert lines[-1].startswith("6 cells, 0 done, 6 to do")

@@ -2,14 +2,15 @@
 
 import dataclasses
 import shlex
+import tempfile
+from pathlib import Path
 
 import pytest
 from test_report import record
-from user_project import make, qbench
+from user_project import TEMPORARY, make
 
-from qbench import textbook
+from qbench import cli, textbook, workers
 from qbench.recipe import Recipe
-from qbench.record import read_record
 from qbench.textbook import methods, tensors
 from qbench.textbook.claims import Question
 from qbench.textbook.selection import Selection, command
@@ -208,30 +209,58 @@ hydra:
       task: tiny
       measure: least
 cells:
-  - method=fp32,ptsq
-  - method=ptsq activation_scheme=symmetric
+  - method=fp32
+  - method=ptsq output=int8
 """
 
 
-def test_a_finished_sweep_writes_its_page_again_without_running(tmp_path):
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs command lines in a project whose sweep `claims` has a page; returns the exit code and what was said."""
     folder = make(tmp_path)
     (folder / "my" / "sweep" / "claims.yaml").write_text(SWEEP)
-    ended = qbench(folder, "+sweep=claims")
-    assert ended.returncode == 0, ended.stderr
-    page = folder / "results" / "textbook.md"
-    assert "page: results/textbook.md" in ended.stdout
-    records = {read_record(path).activation_scheme for path in folder.glob("results/runs/*/record.json")}
-    assert records == {None, "affine", "symmetric"}
-    first = page.read_bytes()
-    command = (
-        b"python -m qbench --config-dir my -m task=tiny method=ptsq measure=least activation_scheme=affine,symmetric"
-    )
-    assert command in first
-    assert b"| tiny | ptsq |" in first
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(workers, "stop", lambda: None)
+    monkeypatch.setattr(tempfile, "tempdir", TEMPORARY)
+
+    def run_here(*arguments):
+        capsys.readouterr()
+        return cli.main(["--config-dir", "my", *arguments]), *capsys.readouterr()
+
+    return run_here
+
+
+def test_a_finished_sweep_writes_its_page_again_without_running(run):
+    code, said, _ = run("+sweep=claims")
+    assert code == 0
+    assert "page: results/textbook.md" in said.splitlines()
+    page = Path("results/textbook.md")
+    first = page.read_text()
+    assert "| tiny | ptsq channel sym out:int8 |" in first
+    assert "python -m qbench --config-dir my -m task=tiny method=ptsq output=int8 measure=least" in first
     page.unlink()
-    again = qbench(folder, "+sweep=claims")
-    assert again.stdout.startswith("nothing to do: all 3 cells are finished")
-    assert page.read_bytes() == first
-    assert qbench(folder, "+sweep=claims", "page=here").stderr == (
-        "qbench: page=here: give null, or _target_ (a function of the records and the results folder)\n"
-    )
+    assert run("+sweep=claims")[1].startswith("nothing to do: all 2 cells are finished")
+    assert page.read_text() == first
+
+
+def test_the_lines_of_a_sweep_are_joined_and_the_command_line_wins(run):
+    _, said, _ = run("+sweep=claims", "dry_run=true")
+    assert said.splitlines()[:2] == ["to do  tiny[fp32]", "to do  tiny[ptsq-per_channel-symmetric output=int8]"]
+    _, said, _ = run("+sweep=claims", "method=woq", "dry_run=true")
+    assert said.splitlines()[:2] == ["to do  tiny[fp32]", "to do  tiny[woq-per_channel-symmetric]"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("page=here", "page=here: give null, or _target_ (a function of the records and the results folder)"),
+        ("page={_target_: qbench.nowhere.page}", "_target_ 'qbench.nowhere.page': Error locating target"),
+        ("cells=3", "cells=3: a sweep's YAML gives a list of lines, such as - method=ptsq,woq"),
+    ],
+)
+def test_what_is_no_page_or_no_line_is_said_before_anything_runs(run, given, sentence):
+    code, _, complaint = run("+sweep=claims", given)
+    assert code == 2
+    assert complaint.count("\n") == 1
+    assert complaint.startswith(f"qbench: {sentence}")
