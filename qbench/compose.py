@@ -109,7 +109,7 @@ class Composer:
         return self._hydra.compose_config("config", self._overrides, mode, with_log_configuration=False)
 
     def _combinations(self) -> list[list[str]]:
-        """One list of overrides a job: the sweep's parameters and the command line's, the latter winning."""
+        """One list of overrides a job: the sweep's parameters, its lines' and the command line's, the last winning."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -119,10 +119,23 @@ class Composer:
         own = [override for override in self._overrides if not override.lstrip("+~").startswith("hydra")]
         if not self.multirun:
             return [own]
-        texts = [f"{name}={value}" for name, value in (sweeper.params or {}).items()] + own
+        shared = [f"{name}={value}" for name, value in (sweeper.params or {}).items()]
+        combinations = []
         with one_line_errors(self._loader):
-            parsed = OverridesParser.create(config_loader=self._loader).parse_overrides(texts)
-            return BasicSweeper.split_arguments(parsed, None)[0]
+            parser = OverridesParser.create(config_loader=self._loader)
+            for line in self._products():
+                parsed = parser.parse_overrides([*shared, *line, *own])
+                combinations += BasicSweeper.split_arguments(parsed, None)[0]
+        return combinations
+
+    def _products(self) -> list[list[str]]:
+        """The lines of `cells`: what one product cannot say. Without any, one product with nothing of its own."""
+        lines = self._master.cells
+        if lines is None:
+            return [[]]
+        if not isinstance(lines, Sequence) or isinstance(lines, str) or not all(isinstance(li, str) for li in lines):
+            raise UsageError(f"cells={lines}: a sweep's YAML gives a list of lines, such as - method=ptsq,woq")
+        return [line.split() for line in lines]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from qbench.checked import check_call
 NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,300}")
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+){0,50}")
 DTYPES = ("float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
-CAST_DTYPES = (*DTYPES, "float16", "bfloat16")  # what a call may convert to
+TENSOR_DTYPES = (*DTYPES, "bfloat16")  # of a file's tensors; inputs are DTYPES
+CAST_DTYPES = (*TENSOR_DTYPES, "float16")  # what a call may convert to
 SIZE_OPERATORS = {
     f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
 }

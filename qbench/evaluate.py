@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from qbench import metrics
 from qbench.artifacts import write_artifacts
+from qbench.bfloat16 import is_emulated
 from qbench.capture import Network, capture
-from qbench.config import instantiate
+from qbench.config import RECIPE_VALUES, instantiate
 from qbench.distillation import Distillation
 from qbench.figures import loss_figure
 from qbench.identity import sha256_of
@@ -210,7 +211,7 @@ def evaluate(
     network = capture(model, calibration[0])
     trainer = _trainer(task, network, recipe, calibration, say)
     started = time.monotonic()
-    quantized = quantize_network(network, recipe, calibration, fine_tune=trainer)
+    quantized = quantize_network(network, recipe, _examples_to_draw(task, recipe, calibration), fine_tune=trainer)
     quantize_s = time.monotonic() - started
     path = Path(folder) / "model.qb"
     quantized.save(path)
@@ -231,7 +232,11 @@ def evaluate(
     return {
         **found,
         "granularity_effective": granularity_effective(saved) if recipe.applies("granularity") else None,
-        "notes": found["notes"] + (["batch_dependent"] if _batch_dependent(recipe) else []),
+        "notes": [
+            *found["notes"],
+            *(["batch_dependent"] if _batch_dependent(recipe) else []),
+            *(["bf16_emulated"] if is_emulated(saved.program) else []),
+        ],
         "details": {**found["details"], "float_ops": saved.float_ops},
     }
 
@@ -249,7 +254,20 @@ def _trainer(
 
 def _recipe(config: dict[str, Any]) -> Recipe:
     axes = {axis: instantiate(config[axis]) for axis in AXES}
-    return Recipe(**axes, group_size=config["group_size"], keep_float=tuple(config["keep_float"]))
+    return Recipe(**axes, **{name: config[name] for name in RECIPE_VALUES})
+
+
+def _examples_to_draw(task: Task, recipe: Recipe, own: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]] | None:
+    """What calibration draws from: the task's own examples, or for a draw at random its training examples.
+
+    These come in batches of the same size. Neither holds an evaluation example.
+    """
+    if not recipe.method.needs_calibration:
+        return None
+    if recipe.calibration_seed is None or task.fine_tuning is None:
+        return own
+    together = [torch.cat(leaves) for leaves in zip(*task.fine_tuning(), strict=True)]
+    return list(zip(*(leaf.split(len(own[0][0])) for leaf in together), strict=True))
 
 
 def _batch_dependent(recipe: Recipe) -> bool:

@@ -1,4 +1,4 @@
-"""The ways of quantizing a network, one object each (design: weights only, dynamic, static, trained).
+"""The ways of quantizing a network, one object each (weights only, dynamic, static, trained), and the float baselines.
 
 The class names are lower-case on purpose: the name of the class is the name of the option (`method=ptsq`).
 A method says which axes of a recipe mean something to it, and builds the program from the normalized network.
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from qbench.program import Program
     from qbench.recipe import Recipe
 
-__all__ = ["fp32", "ptdq", "ptsq", "qat", "woq"]
+__all__ = ["bf16", "fp32", "ptdq", "ptsq", "qat", "woq"]
 
 WEIGHT_AXES = ("granularity", "scheme")
-STATIC_AXES = (*WEIGHT_AXES, "activation_scheme", "observer", "output", "keep_float")
+CALIBRATION_VALUES = ("calibration_samples", "calibration_seed")
+STATIC_AXES = (*WEIGHT_AXES, "activation_scheme", "observer", "output", "keep_float", *CALIBRATION_VALUES)
 
 
 class Method(Protocol):
@@ -32,6 +33,7 @@ class Method(Protocol):
     axes: ClassVar[tuple[str, ...]]
     needs_calibration: ClassVar[bool]
     trains: ClassVar[bool]
+    runs_in_torch: ClassVar[bool]  # every operation is torch's own, none the backend's
 
     def build(
         self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None, fine_tune: FineTune | None
@@ -54,6 +56,7 @@ class fp32:
     axes: ClassVar[tuple[str, ...]] = ()
     needs_calibration: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    runs_in_torch: ClassVar[bool] = True
 
     def build(
         self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None, fine_tune: FineTune | None
@@ -65,6 +68,26 @@ class fp32:
 
 
 @dataclass(frozen=True)
+class bf16:
+    """The second float baseline: weights and arithmetic in bfloat16, nothing calibrated."""
+
+    name: ClassVar[str] = "bf16"
+    label: ClassVar[str] = "bf16"
+    axes: ClassVar[tuple[str, ...]] = ()
+    needs_calibration: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    runs_in_torch: ClassVar[bool] = True
+
+    def build(
+        self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None, fine_tune: FineTune | None
+    ) -> Program:
+        """The network in bfloat16, float32 at its edges."""
+        from qbench.bfloat16 import bfloat16_program
+
+        return bfloat16_program(network)
+
+
+@dataclass(frozen=True)
 class woq:
     """Weight-only quantization: int8 weights, dequantized inside the kernel; activations stay float."""
 
@@ -73,6 +96,7 @@ class woq:
     axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "keep_float")
     needs_calibration: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    runs_in_torch: ClassVar[bool] = False
 
     def build(
         self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None, fine_tune: FineTune | None
@@ -92,6 +116,7 @@ class ptdq:
     axes: ClassVar[tuple[str, ...]] = (*WEIGHT_AXES, "activation_scheme", "activation_granularity", "keep_float")
     needs_calibration: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    runs_in_torch: ClassVar[bool] = False
 
     def build(
         self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None, fine_tune: FineTune | None
@@ -111,6 +136,7 @@ class ptsq:
     axes: ClassVar[tuple[str, ...]] = STATIC_AXES
     needs_calibration: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    runs_in_torch: ClassVar[bool] = False
 
     def build(
         self, network: Network, recipe: Recipe, calibration: list[list[Tensor]] | None, fine_tune: FineTune | None
@@ -134,6 +160,7 @@ class qat:
     axes: ClassVar[tuple[str, ...]] = STATIC_AXES
     needs_calibration: ClassVar[bool] = True
     trains: ClassVar[bool] = True
+    runs_in_torch: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:

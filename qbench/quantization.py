@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qbench.calibration_draw import draw
 from qbench.capture import Network, capture
 from qbench.fake_quantized import FineTune
 from qbench.model import QuantizedModel
@@ -61,13 +62,13 @@ def quantize_network(
 def calibration_batches(
     network: Network, recipe: Recipe, calibration: Iterable[tuple[Any, ...]] | None
 ) -> list[list[Tensor]]:
-    """The input tensors of each batch, checked. Raises ValueError that names the batch."""
+    """The input tensors of each batch, checked and drawn as the recipe says. Raises ValueError that names the batch."""
     batches = checked_batches(network, "calibration", calibration or ())
     if not batches:
         raise ValueError(
             f"method {recipe.method.name} needs calibration data: pass calibration=, a list of input tuples"
         )
-    return batches
+    return draw(batches, recipe.calibration_samples, recipe.calibration_seed)
 
 
 def checked_batches(network: Network, purpose: str, inputs: Iterable[tuple[Any, ...]]) -> list[list[Tensor]]:

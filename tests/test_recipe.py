@@ -49,6 +49,7 @@ def test_labels_of_recipes_fit_and_tell_the_weights_apart():
 WEIGHTS = {"granularity", "scheme", "keep_float"}
 APPLICABLE = {
     "fp32": set(),
+    "bf16": set(),
     "woq": WEIGHTS,
     "ptdq": WEIGHTS | {"activation_scheme", "activation_granularity"},
     "ptsq": WEIGHTS | {"activation_scheme", "observer", "output"},
@@ -95,7 +96,7 @@ def test_a_recipe_cannot_be_changed_in_place():
 
 IMPOSSIBLE = {
     "misspelt": ({"observer": "percentil"}, "observer=percentil: allowed are entropy, .*; did you mean percentile?"),
-    "unknown": ({"method": "gptq"}, "method=gptq: allowed are fp32, ptdq, ptsq, qat, woq"),
+    "unknown": ({"method": "gptq"}, "method=gptq: allowed are bf16, fp32, ptdq, ptsq, qat, woq"),
     "of another axis": ({"scheme": "per_channel"}, "scheme=per_channel: allowed are affine, symmetric"),
     "an object of another axis": ({"method": observers.minmax()}, "method=minmax.*: give a name or an object of"),
     "the class": ({"observer": observers.minmax}, "observer=.*minmax.*: give a name or an object of"),
