@@ -52,12 +52,6 @@ INTEGER = {
 PARAMETERS = {**dict.fromkeys(LAYERS, slice(1, 3)), float_ops.lstm: slice(1, 5), float_ops.embedding: slice(1, 2)}
 
 
-def parameters(node: fx.Node) -> tuple[fx.Node | None, ...]:
-    """The nodes of a layer's weights and biases."""
-    found: tuple[fx.Node | None, ...] = node.args[PARAMETERS[node.target]]
-    return found
-
-
 @dataclass(frozen=True)
 class LayerWeights:
     """The quantized parameters of a layer; `bias` is int32 on the accumulator's grid, float32 with several blocks.
@@ -289,17 +283,23 @@ def _has_state(node: fx.Node) -> bool:
     return node.target is float_ops.lstm and node.args[5] is not None
 
 
+def float_parameters(plan: Plan, node: fx.Node) -> list[Any]:
+    """The float weights and biases of a layer, None for a bias that it lacks."""
+    sources = node.args[PARAMETERS[node.target]]
+    return [None if source is None else plan.network.tensors[source.target] for source in sources]
+
+
 def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
     """Quantize the parameters of a layer for the scale of its input (and of an LSTM's h)."""
-    held = [None if arg is None else plan.network.tensors[arg.target] for arg in parameters(node)]
+    weight, *others = float_parameters(plan, node)
     if node.target is float_ops.embedding:
-        return LayerWeights(_weight(plan, node, *held), None)
+        return LayerWeights(_weight(plan, node, weight), None)
     x_scale = plan.qparams[node.args[0].name].scale
     if node.target is not float_ops.lstm:
-        return _quantized(plan, node, *held, x_scale)
-    weight_ih, weight_hh, *biases = held
+        return _quantized(plan, node, weight, others[0], x_scale)
+    weight_hh, *biases = others
     hidden = _quantized(plan, node, weight_hh, None, plan.qparams[node.name].scale).weight
-    return dataclasses.replace(_quantized(plan, node, weight_ih, lstm_bias(*biases), x_scale), hidden=hidden)
+    return dataclasses.replace(_quantized(plan, node, weight, lstm_bias(*biases), x_scale), hidden=hidden)
 
 
 def _quantized(plan: Plan, node: fx.Node, weight: Tensor, bias: Tensor | None, x_scale: float) -> LayerWeights:

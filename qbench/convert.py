@@ -169,7 +169,7 @@ def _layer(writer: _Writer, node: fx.Node) -> fx.Node:
 
 def _lstm(writer: _Writer, node: fx.Node) -> fx.Node:
     """A given h becomes codes of the layer's own h; a state that is absent is zero."""
-    source, h, c = node.args[0], *node.args[5:7]
+    source, (h, c) = node.args[0], node.args[5:7]
     x, q = writer.operand(source)
     layer = writer.plan.layers[node.name]
     assert layer.hidden is not None
@@ -263,7 +263,8 @@ def _embedding(writer: _Writer, node: fx.Node) -> fx.Node:
 
 def _attention(writer: _Writer, node: fx.Node) -> fx.Node:
     *sources, mask, causal, factor = node.args
-    activations, scales = [], {}
+    activations: list[fx.Node] = []
+    scales: dict[str, Any] = {}
     for name, source in zip("qkv", sources, strict=True):
         codes, q = writer.operand(source)
         activations.append(codes)

@@ -122,9 +122,8 @@ def _alone(node: fx.Node, twin: fx.Node, kernel: Any, values: dict[str, Any]) ->
     given = dict(zip(names, sources, strict=False))
     while given and list(given.values())[-1] is None:
         given.popitem()
-    values = values | {None: None}
-    read = [_codes(values[source and source.name], node, name) for name, source in given.items()]
-    return _as_float(node, kernel(*read))
+    floats = {name: None if source is None else values[source.name] for name, source in given.items()}
+    return _as_float(node, kernel(*(_codes(x, node, name) for name, x in floats.items())))
 
 
 def _activations(function: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ _library.define(
 STANDS_FOR = {torch.ops.qbench_capture.lstm.default: torch.ops.aten.lstm.input}
 
 
-@torch.library.register_fake("qbench_capture::lstm")
+@torch.library.register_fake("qbench_capture::lstm")  # type: ignore[untyped-decorator]
 def _sizes(
     input: Tensor, hx: list[Tensor], params: list[Tensor], *options: Any, **named: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

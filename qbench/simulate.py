@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops, numerics
-from qbench.calibrate import INTEGER, Plan, constant_qparams, parameters
+from qbench.calibrate import INTEGER, Plan, constant_qparams, float_parameters
 from qbench.functions import lane_sum, shifted_exp
 from qbench.fusion import LAYERS
 from qbench.numerics import PROBABILITIES, QParams
@@ -68,7 +68,7 @@ def layer_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor | None]:
 
     No weight lies outside the codes: the scale comes from the weight's own range.
     """
-    weight, *biases = _float_parameters(plan, node)
+    weight, *biases = float_parameters(plan, node)
     weight = _in_place_of(weight, plan.layers[node.name].weight.dequantize())
     return weight, _bias(plan, node, *biases) if biases else None
 
@@ -84,11 +84,6 @@ def lstm_parameters(plan: Plan, node: fx.Node) -> tuple[Tensor, Tensor, Tensor |
     assert layer.hidden is not None
     hidden = _in_place_of(weight_hh, layer.hidden.dequantize())
     return _in_place_of(weight_ih, layer.weight.dequantize()), hidden, _bias(plan, node, lstm_bias(*biases))
-
-
-def _float_parameters(plan: Plan, node: fx.Node) -> list[Any]:
-    """The float weights and biases of a layer, None for a bias that it lacks."""
-    return [None if source is None else plan.network.tensors[str(source.target)] for source in parameters(node)]
 
 
 def _bias(plan: Plan, node: fx.Node, bias: Tensor | None) -> Tensor | None:
@@ -140,7 +135,8 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor], watch: W
     def as_is(source: fx.Node) -> Tensor:
         return plan.network.tensors[source.target] if source.op == "get_attr" else values[source.name]
 
-    function, args = node.target, ()
+    function: Any = node.target
+    args: tuple[Any, ...]
     if node.target is float_ops.lstm:
         states = [None if state is None else as_is(state) for state in node.args[5:7]]
         return simulate_lstm(plan, node, read(node.args[0]), states, watch)

@@ -46,7 +46,7 @@ def static(x_sums: Sums, h_sums: Sums, k: Constants) -> Callable[..., Results]:
     on_grid = bias is not None and not bias.is_floating_point()
 
     def products_of_x(x: Tensor) -> Tensor:
-        total = None if on_grid else bias
+        total: Tensor | None = None if on_grid else bias
         for acc, m in zip(x_sums(x.double() - x_zero), x_multipliers, strict=True):
             term = (acc + bias if on_grid else acc).float() * m
             total = term if total is None else total + term

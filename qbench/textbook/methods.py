@@ -78,9 +78,10 @@ def storage(asked: Question) -> list[Row]:
             continue
         rival = max(others, key=lambda cell: cell.metrics.get("sqnr_db", 0.0))
         decibels, int8 = sqnr_gain(woq, rival), woq.metrics.get("int8_mac_fraction")
-        texts = (task, optional(int8, ".3f"), optional(woq.metrics.get("sqnr_db"), ".1f"))
         texts = (
-            *texts,
+            task,
+            optional(int8, ".3f"),
+            optional(woq.metrics.get("sqnr_db"), ".1f"),
             f"{optional(rival.metrics.get('sqnr_db'), '.1f')} ({rival.method})",
             optional(decibels, "+.1f"),
         )
