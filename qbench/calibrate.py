@@ -245,9 +245,10 @@ def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
     """Quantize the parameters of a layer for the scale of its input (and of an LSTM's h)."""
     x_scale, is_lstm = plan.qparams[node.args[0].name].scale, node.target is float_ops.lstm
     parameters = node.args[1:5] if is_lstm else node.args[1:3]
-    held = [None if arg is None else plan.network.tensors[arg.target] for arg in parameters]
+    held: list[Any] = [None if arg is None else plan.network.tensors[arg.target] for arg in parameters]
     if not is_lstm:
-        return _quantized(plan, node, *held, x_scale)
+        weight, bias = held
+        return _quantized(plan, node, weight, bias, x_scale)
     weight_ih, weight_hh, *biases = held
     hidden = _quantized(plan, node, weight_hh, None, plan.qparams[node.name].scale).weight
     return dataclasses.replace(_quantized(plan, node, weight_ih, lstm_bias(*biases), x_scale), hidden=hidden)

@@ -170,8 +170,8 @@ def _layer(writer: _Writer, node: fx.Node) -> fx.Node:
 
 def _lstm(writer: _Writer, node: fx.Node) -> fx.Node:
     """A given h becomes codes of the layer's own h; a state that is absent is zero."""
-    source, h, c = node.args[0], *node.args[5:7]
-    x, q = writer.operand(source)
+    x, q = writer.operand(node.args[0])
+    h, c = node.args[5:7]
     layer = writer.plan.layers[node.name]
     assert layer.hidden is not None
     kwargs = lstm_arguments(writer.hold, node.meta["layer"], layer.weight, layer.hidden, layer.bias)

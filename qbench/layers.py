@@ -115,7 +115,7 @@ def _alone(node: fx.Node, twin: fx.Node, kernel: Any, values: dict[str, Any]) ->
     states = _states(twin, values)
     if "x_scale" not in node.kwargs:
         return kernel(x, *states)
-    activations = [_codes(x, node, "x_")]
+    activations: list[Tensor | None] = [_codes(x, node, "x_")]
     if twin.kwargs.get("residual") is not None:
         activations.append(_codes(values[twin.kwargs["residual"].name], node, "residual_"))
     if states:

@@ -107,7 +107,7 @@ def _parameters(network: Network, node: fx.Node, call: Call, recipe: Recipe, kin
         weight, bias = _quantized(weight_ih, lstm_bias(*biases), layer, recipe, kind)
         hidden, _ = _quantized(weight_hh, None, layer, recipe, kind)
         return lstm_arguments(hold, layer, weight, hidden, bias)
-    weight, bias = _quantized(*map(held, operands[:2]), layer, recipe, kind)
+    weight, bias = _quantized(held(operands[0]), held(operands[1]), layer, recipe, kind)
     window = dict(zip(("stride", "padding", "dilation", "groups"), operands[2:], strict=False))
     return window | weight_arguments(hold, layer, weight, bias)
 
