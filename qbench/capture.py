@@ -85,7 +85,7 @@ def _trace(model: nn.Module, example: tuple[Any, ...], leaves: list[Tensor], dyn
     frozen = copy.deepcopy(model).eval()
     try:
         with (
-            any_length(),
+            any_length(model),
             warnings.catch_warnings(),
             torch.no_grad(),
             _quiet("torch._dynamo", "torch.export", "torch.fx"),

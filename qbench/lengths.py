@@ -6,10 +6,11 @@ of a capture another operation stands for it, which knows sizes only.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import Library
 from torch.overrides import TorchFunctionMode
 
@@ -21,20 +22,33 @@ _library.define(
 STANDS_FOR = {torch.ops.qbench_capture.lstm.default: torch.ops.aten.lstm.input}
 
 
-@torch.library.register_fake("qbench_capture::lstm")  # type: ignore[untyped-decorator]
 def _sizes(
-    input: Tensor, hx: list[Tensor], params: list[Tensor], *options: Any, **named: Any
+    input: Tensor,
+    hx: list[Tensor],
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     h, c = hx
-    directions = h.shape[0] // options[1]
+    directions = 1 + bidirectional
     return input.new_empty(*input.shape[:2], directions * h.shape[2]), torch.empty_like(h), torch.empty_like(c)
 
 
-class any_length(TorchFunctionMode):
-    """While it is entered, torch's lstm is captured as an operation of `STANDS_FOR`."""
+torch.library.register_fake("qbench_capture::lstm", _sizes)
 
+
+def any_length(model: nn.Module) -> AbstractContextManager[Any]:
+    """While it is entered, the LSTMs of the model are captured as operations of `STANDS_FOR`."""
+    return _Substitution() if any(isinstance(module, nn.LSTM) for module in model.modules()) else nullcontext()
+
+
+class _Substitution(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for each torch function; an lstm of packed sequences has a tensor of batch sizes second."""
         if getattr(func, "__name__", "") == "lstm" and len(args) > 1 and not isinstance(args[1], Tensor):
-            return torch.ops.qbench_capture.lstm(*args)
+            return torch.ops.qbench_capture.lstm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

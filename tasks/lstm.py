@@ -15,7 +15,7 @@ from tasks import watch
 from tasks.training import Progress, one_cycle
 
 LAYERS, HIDDEN = 2, 128
-EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 8, 64, 4e-3, 1e-2
+EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 5, 64, 4e-3, 1e-2
 LARGEST_GRADIENT = 1.0
 
 

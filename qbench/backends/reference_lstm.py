@@ -46,12 +46,8 @@ def static(x_sums: Sums, h_sums: Sums, k: Constants) -> Callable[..., Results]:
     on_grid = bias is not None and not bias.is_floating_point()
 
     def products_of_x(x: Tensor) -> Tensor:
-        total: Tensor | None = None if on_grid else bias
-        for acc, m in zip(x_sums(x.double() - x_zero), x_multipliers, strict=True):
-            term = (acc + bias if on_grid else acc).float() * m
-            total = term if total is None else total + term
-        assert total is not None
-        return total
+        sums = zip(x_sums(x.double() - x_zero), x_multipliers, strict=True)
+        return _total(((acc + bias if on_grid else acc).float() * m for acc, m in sums), None if on_grid else bias)
 
     def run(x: Tensor, h: Tensor | None = None, c: Tensor | None = None) -> Results:
         _check_shapes(x, (h, c), k)
@@ -59,8 +55,8 @@ def static(x_sums: Sums, h_sums: Sums, k: Constants) -> Callable[..., Results]:
         c = _state(c, x, k)
         codes = []
         for gates in products_of_x(x).unbind(0):
-            for acc, m in zip(h_sums(q.double() - h_zero), h_multipliers, strict=True):
-                gates = gates + acc.float() * m
+            sums = zip(h_sums(q.double() - h_zero), h_multipliers, strict=True)
+            gates = _total((acc.float() * m for acc, m in sums), gates)
             value, c = cell(gates, c)
             q = quantize(value, scale, h_zero, k["q_min"], k["q_max"])
             codes.append(q)
