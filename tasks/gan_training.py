@@ -21,8 +21,13 @@ Say = Callable[[str], None]
 
 
 def latents(count: int, seed: int) -> Tensor:
-    """Normal random numbers [count, 64]."""
-    return torch.randn(count, LATENT, generator=torch.Generator().manual_seed(seed))
+    """Normal random numbers [count, 64, 1, 1]: images of one pixel."""
+    return drawn(count, torch.Generator().manual_seed(seed))
+
+
+def drawn(count: int, random: torch.Generator) -> Tensor:
+    """The next `count` latents."""
+    return torch.randn(count, LATENT, 1, 1, generator=random)
 
 
 def train(generator: nn.Module, discriminator: nn.Module, images: Tensor, seed: int, say: Say) -> None:
@@ -39,14 +44,14 @@ def train(generator: nn.Module, discriminator: nn.Module, images: Tensor, seed: 
     progress = Progress(EPOCHS, len(images) // BATCH, say)
     for _ in range(EPOCHS):
         for chosen in torch.randperm(len(images), generator=random)[: len(images) // BATCH * BATCH].split(BATCH):
-            real, generated = images[chosen], generator(torch.randn(BATCH, LATENT, generator=random))
+            real, generated = images[chosen], generator(drawn(BATCH, random))
             loss = _loss(discriminator(real), REAL_CLASS) + _loss(discriminator(generated.detach()), GENERATED_CLASS)
             _step(optimizers[1], loss)
             _step(optimizers[0], _loss(discriminator(generated), REAL_CLASS))
             progress.step(loss)
     for network in (generator, discriminator):
         network.to(memory_format=torch.contiguous_format).eval()
-    settle_batch_norm(generator, list(torch.randn(SETTLING_LATENTS, LATENT, generator=random).split(SETTLING_BATCH)))
+    settle_batch_norm(generator, list(drawn(SETTLING_LATENTS, random).split(SETTLING_BATCH)))
 
 
 def _loss(logits: Tensor, wanted: int) -> Tensor:

@@ -58,7 +58,7 @@ def test_the_same_seed_builds_the_same_networks():
 def test_evaluation_has_fixed_latents_in_fifty_blocks():
     task = gan.task(source=None)
     examples = task.evaluation()
-    assert examples.inputs[0].shape == (10_000, 64)
+    assert examples.inputs[0].shape == (10_000, 64, 1, 1)
     assert examples.units.bincount().tolist() == [200] * 50
     assert examples.first(1000).units.bincount().tolist() == [20] * 50
     assert examples.targets.shape == (10_000, 1, 28, 28)
@@ -125,7 +125,7 @@ def test_a_step_of_training_moves_both_and_repeats_itself(monkeypatch):
 
     start, first, second, other = gan.build().state_dict(), trained(0), trained(0), trained(1)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    for part in ("generator.1.weight", "discriminator.0.weight"):
+    for part in ("generator.0.weight", "discriminator.0.weight"):
         assert not torch.equal(first[part], start[part])
         assert not torch.equal(first[part], other[part])
 
