@@ -253,7 +253,8 @@ def _embedding(writer: _Writer, node: fx.Node) -> fx.Node:
 
 def _attention(writer: _Writer, node: fx.Node) -> fx.Node:
     *sources, mask, causal, factor = node.args
-    activations, scales = [], {}
+    activations: list[fx.Node] = []
+    scales: dict[str, Any] = {}
     for name, source in zip("qkv", sources, strict=True):
         codes, q = writer.operand(source)
         activations.append(codes)

@@ -60,7 +60,8 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor]) -> Tenso
     def as_is(source: fx.Node) -> Tensor:
         return plan.network.tensors[source.target] if source.op == "get_attr" else values[source.name]
 
-    function, args = node.target, ()
+    function = node.target
+    args: tuple[Any, ...]
     if node.target in LAYERS:
         args = (read(node.args[0]), *layer_parameters(plan, node), *node.args[3:])
     elif node.target in (float_ops.channel_affine, float_ops.layer_norm):
