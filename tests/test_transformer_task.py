@@ -44,9 +44,9 @@ def characters(speech: torch.Tensor) -> bytes:
 def test_targets_are_the_next_characters_and_units_the_speeches() -> None:
     examples, speeches = sotu.evaluation(), sotu.held_out()
     (x,) = examples.inputs
-    assert x.shape == examples.targets.shape == (29 * 24, 128)
+    assert x.shape == examples.targets.shape == (29 * 16, 128)
     assert torch.equal(x[:, 1:], examples.targets[:, :-1])
-    assert examples.units.bincount().tolist() == [24] * 29
+    assert examples.units.bincount().tolist() == [16] * 29
     for unit in (0, 28):
         first, last = x[examples.units == unit][[0, -1]]
         assert torch.equal(first, speeches[unit][:128])
