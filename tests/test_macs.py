@@ -87,9 +87,9 @@ REFUSED: dict[str, tuple[nn.Module, str, Callable[[Any, Tensor], Tensor]]] = {
     "ConvTranspose2d": (nn.ConvTranspose2d(3, 2, 2), "conv_transpose2d", lambda m, x: m.layers[0](x)),
     "ConvTranspose1d": (nn.ConvTranspose1d(3, 2, 2), "conv_transpose1d", lambda m, x: m.layers[0](x.flatten(2))),
     "Conv3d": (nn.Conv3d(1, 2, 3), "conv3d", lambda m, x: m.layers[0](x[:, None])),
-    "attention": (
+    "attention with dropout": (
         nn.Linear(16, 16), "scaled_dot_product_attention",
-        lambda m, x: functional.scaled_dot_product_attention(m.layers[0](x), x, x),
+        lambda m, x: functional.scaled_dot_product_attention(m.layers[0](x), x, x, dropout_p=0.1),
     ),
     "a computed weight": (nn.Linear(16, 16), "linear", lambda m, x: functional.linear(m.layers[0](x)[0, 0], x[0, 0])),
 }  # fmt: skip
