@@ -50,12 +50,12 @@ class Composer:
         Hydra takes 0.1 s for each. Where no two of the varied overrides touch the same part of the configuration, each
         of their values is composed once, and the combinations are put together from the parts.
         """
-        combinations = self._combinations()
-        first = self.job(combinations[0])
-        yield first
-        changes = self._changes(first, combinations[1:])
-        for overrides in combinations[1:]:
-            yield self.job(overrides) if changes is None else _put_together(first, changes, overrides)
+        for start, *others in self._combinations():
+            first = self.job(start)
+            yield first
+            changes = self._changes(first, others)
+            for overrides in others:
+                yield self.job(overrides) if changes is None else _put_together(first, changes, overrides)
 
     def _changes(self, first: Job, others: Sequence[Sequence[str]]) -> dict[tuple[int, str], Job] | None:
         """What each override that differs from the first job's changes, by its place; None where they touch."""
@@ -108,8 +108,11 @@ class Composer:
         mode = RunMode.MULTIRUN if self.multirun else RunMode.RUN
         return self._hydra.compose_config("config", self._overrides, mode, with_log_configuration=False)
 
-    def _combinations(self) -> list[list[str]]:
-        """One list of overrides a job: the sweep's parameters, its lines' and the command line's, the last winning."""
+    def _combinations(self) -> list[list[list[str]]]:
+        """By product, one list of overrides a job: the sweep's parameters, its line's, the command line's.
+
+        Of two overrides of one thing the later wins.
+        """
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -118,17 +121,17 @@ class Composer:
             raise UsageError(f"hydra/sweeper: {sweeper['_target_']} is not supported; qbench sweeps with the basic one")
         own = [override for override in self._overrides if not override.lstrip("+~").startswith("hydra")]
         if not self.multirun:
-            return [own]
+            return [[own]]
         shared = [f"{name}={value}" for name, value in (sweeper.params or {}).items()]
-        combinations = []
+        products = []
         with one_line_errors(self._loader):
             parser = OverridesParser.create(config_loader=self._loader)
-            for line in self._products():
+            for line in self._lines():
                 parsed = parser.parse_overrides([*shared, *line, *own])
-                combinations += BasicSweeper.split_arguments(parsed, None)[0]
-        return combinations
+                products.append(BasicSweeper.split_arguments(parsed, None)[0])
+        return products
 
-    def _products(self) -> list[list[str]]:
+    def _lines(self) -> list[list[str]]:
         """The lines of `cells`: what one product cannot say. Without any, one product with nothing of its own."""
         lines = self._master.cells
         if lines is None:

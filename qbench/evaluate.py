@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from qbench.capture import Network, capture
 from qbench.config import RECIPE_VALUES, instantiate
 from qbench.distillation import Distillation
 from qbench.figures import loss_figure
-from qbench.identity import sha256_of
 from qbench.measure import Measure
 from qbench.model import QuantizedModel
 from qbench.ops import WEIGHTS
@@ -31,8 +28,8 @@ from qbench.quantization import checked_batches, quantize_network
 from qbench.recipe import AXES, Recipe
 from qbench.record import write_atomic
 from qbench.saved import dump, load
-from qbench.sources import closure, modules_of_targets
 from qbench.task import Examples, Task
+from qbench.weights import final_weights, task_folder, task_of, tensors_sha256
 
 Say = Callable[[str], None]
 
@@ -48,9 +45,9 @@ def prepare(task_config: dict[str, Any], cache: str, say: Say) -> dict[str, Any]
     Returns what identifies it: name, family, metric, weights_sha256, data_sha256, folder. Raises ValueError for a
     damaged cache and TaskUnavailable when the task cannot be had here.
     """
-    task, folder = _task(task_config, Path(cache), say), _folder(task_config, Path(cache))
+    task, folder = task_of(task_config, Path(cache), say), task_folder(task_config, Path(cache))
     examples = task.evaluation()
-    model = _weights(task, folder, say)
+    model = final_weights(task, folder, say)
     judge = None if task.judge is None else task.judge()
     identity = {
         "weights_sha256": tensors_sha256(model.state_dict().items()),
@@ -68,36 +65,14 @@ def prepare(task_config: dict[str, Any], cache: str, say: Say) -> dict[str, Any]
 def fp32_model(task_config: dict[str, Any], prepared: dict[str, Any]) -> nn.Module:
     """The task's float network with its final weights, in evaluation mode."""
     folder = Path(prepared["folder"])
-    return _weights(_task(task_config, folder.parent), folder)
+    return final_weights(task_of(task_config, folder.parent), folder)
 
 
 def example_batch(task_config: dict[str, Any], prepared: dict[str, Any], batch: int) -> tuple[Tensor, ...]:
     """Input tensors of `batch` calibration examples, repeated when there are fewer."""
-    task = _task(task_config, Path(prepared["folder"]).parent)
+    task = task_of(task_config, Path(prepared["folder"]).parent)
     together = [torch.cat(leaves) for leaves in zip(*_calibration(task), strict=True)]
     return tuple(leaf.repeat(-(-batch // len(leaf)), *[1] * (leaf.dim() - 1))[:batch].contiguous() for leaf in together)
-
-
-def _task(task_config: dict[str, Any], cache: Path, say: Say | None = None) -> Task:
-    """The task of a configuration; one with a `source` is given a function that returns that task's trained network.
-
-    With `say` that network is trained, where it was not yet.
-    """
-    match task_config:
-        case {"source": {"_target_": _} as source, **own}:
-
-            @functools.cache
-            def network() -> nn.Module:
-                return _weights(_task(source, cache, say), _folder(source, cache), say)
-
-            task: Task = instantiate(own, source=network)
-        case _:
-            task = instantiate(task_config)
-    return task
-
-
-def _folder(task_config: dict[str, Any], cache: Path) -> Path:
-    return cache / sha256_of([task_config, _task_sources(task_config)])
 
 
 def _calibration(task: Task) -> list[tuple[Tensor, ...]]:
@@ -105,51 +80,6 @@ def _calibration(task: Task) -> list[tuple[Tensor, ...]]:
     if not batches:
         raise ValueError(f"task {task.name} has no calibration data: return a list of input tuples from calibration()")
     return batches
-
-
-def _task_sources(task_config: dict[str, Any]) -> dict[str, str]:
-    """The content of the files that the task's weights and data come from: the task's own, not the engine's."""
-    files = closure(modules_of_targets(task_config))
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if _is_task(name)}
-
-
-def _is_task(module: str) -> bool:
-    return module.split(".")[0] != "qbench"
-
-
-def _weights(task: Task, folder: Path, say: Say | None = None) -> nn.Module:
-    """The network with its final weights; trained and stored when `say` is given and there is no checkpoint."""
-    model = task.build()
-    checkpoint = folder / "weights.safetensors"
-    if task.train is not None and not checkpoint.exists():
-        if say is None:
-            raise ValueError(f"{checkpoint} is missing; run the sweep again to train {task.name}")
-        say(f"{task.name}: training, once")
-        started = time.monotonic()
-        task.train(model, say)
-        say(f"{task.name}: trained in {time.monotonic() - started:.0f} s")
-        data = save_tensors({name: t.contiguous() for name, t in model.state_dict().items()})
-        write_atomic(folder / "weights.sha256", hashlib.sha256(data).hexdigest() + "\n")
-        write_atomic(checkpoint, data)  # last: killed before this line, the next run trains again
-    if task.train is not None:
-        try:
-            model.load_state_dict(_read_checked(checkpoint, folder / "weights.sha256"))
-        except RuntimeError as error:  # torch's word for other names and shapes, on many lines
-            raise ValueError(
-                f"{checkpoint} is of another network; delete the folder {folder} to make it again"
-            ) from error
-    return model.eval().requires_grad_(False)
-
-
-def _read_checked(path: Path, digest: Path) -> dict[str, Tensor]:
-    """The tensors of a cache file whose hash stands beside it. Raises ValueError naming the folder to delete."""
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest.read_text().strip():
-            raise ValueError("its content does not match its sha256")
-        return load_tensors(data)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete the folder {path.parent} to make it again") from error
 
 
 def _stored_identity(folder: Path) -> dict[str, str] | None:
@@ -178,15 +108,6 @@ def _data(task: Task, examples: Examples, judge: nn.Module | None) -> Iterator[t
         yield from ((f"judge {name}", tensor) for name, tensor in judge.state_dict().items())
 
 
-def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
-    """One hash over names, shapes, dtypes and contents."""
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
 # --- the cell --------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +123,7 @@ def evaluate(
 
     Returns metrics, granularity_effective, notes and details for the record.
     """
-    task = _task(task_config, Path(prepared["folder"]).parent)
+    task = task_of(task_config, Path(prepared["folder"]).parent)
     recipe = _recipe(recipe_config)
     measure = Measure.of(measure_config)
     say("quantizing")

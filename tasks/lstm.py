@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from qbench.metrics import accuracy
 from qbench.task import Task
 from tasks import watch
+from tasks.checkpoints import kept
 from tasks.training import Progress, one_cycle
 
 LAYERS, HIDDEN = 2, 128
@@ -19,17 +20,19 @@ EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 5, 64, 4e-3, 1e-2
 LARGEST_GRADIENT = 1.0
 
 
-def task(seed: int = 0) -> Task:
-    """The task; `seed` is that of weights and training."""
-    return Task(
+def task(seed: int = 0, checkpoint: str | None = None) -> Task:
+    """The task; `seed` is that of weights and training, `checkpoint` names weights that are kept in the project."""
+    task = Task(
         name="lstm",
         family="lstm",
         metric=accuracy(),
         build=partial(build, seed),
         train=partial(fit, seed),
         calibration=watch.calibration,
+        fine_tuning=watch.fine_tuning,
         evaluation=watch.evaluation,
     )
+    return kept(task, checkpoint)
 
 
 class SequenceClassifier(nn.Module):

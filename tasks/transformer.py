@@ -12,24 +12,30 @@ from torch.nn import functional as F
 from qbench.metrics import bits_per_char
 from qbench.task import Task
 from tasks import sotu
+from tasks.checkpoints import kept
 from tasks.training import Progress, one_cycle
 
-LAYERS, WIDTH, HEADS = 4, 128, 4
+LAYERS, HEADS = 4, 4
 STEPS, BATCH = 960, 8  # a million characters, half the training text: about 65 s on two cores
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.01
 
 
-def task(seed: int = 0) -> Task:
-    """The task; `seed` is that of weights and training."""
-    return Task(
+def task(seed: int = 0, width: int = 128, checkpoint: str | None = None) -> Task:
+    """The task; `seed` is that of weights and training, `width` that of the blocks, a multiple of their 4 heads.
+
+    `checkpoint` names weights that are kept in the project.
+    """
+    task = Task(
         name="transformer",
         family="transformer",
         metric=bits_per_char(),
-        build=partial(build, seed),
+        build=partial(build, seed, width),
         train=partial(fit, seed),
         calibration=sotu.calibration,
+        fine_tuning=sotu.fine_tuning,
         evaluation=sotu.evaluation,
     )
+    return kept(task, checkpoint)
 
 
 class Block(nn.Module):
@@ -70,11 +76,11 @@ class CharacterModel(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def build(seed: int = 0) -> nn.Module:
+def build(seed: int = 0, width: int = 128) -> nn.Module:
     """The untrained network for character numbers [N, 128]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CharacterModel(len(sotu.ALPHABET), sotu.CONTEXT, LAYERS, WIDTH, HEADS)
+        model = CharacterModel(len(sotu.ALPHABET), sotu.CONTEXT, LAYERS, width, HEADS)
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)

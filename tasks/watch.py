@@ -46,6 +46,11 @@ def calibration() -> list[tuple[Tensor, ...]]:
     return [(batch,) for batch in windows[chosen].split(CALIBRATION_BATCH)]
 
 
+def fine_tuning() -> list[tuple[Tensor, ...]]:
+    """All training windows, as one batch."""
+    return [(training()[0],)]
+
+
 def read(path: Path = EMBEDDED, sha256: str = SHA256) -> dict[str, Tensor]:
     """The tensors of the file: samples int16 [6, steps] times scale [6]; lengths, subject, exercise [140].
 

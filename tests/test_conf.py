@@ -124,4 +124,4 @@ def test_a_users_tasks_never_shadow_the_projects(tmp_path, monkeypatch):
 )
 def test_combinations_put_together_are_those_that_hydra_composes(arguments):
     composer = Composer(cli._parser().parse_args(arguments))
-    assert list(composer.jobs()) == [composer.job(overrides) for overrides in composer._combinations()]
+    assert list(composer.jobs()) == [composer.job(o) for product in composer._combinations() for o in product]
