@@ -64,7 +64,7 @@ def discriminator_task(source: Network) -> Task:
 
 
 class Gan(nn.Module):
-    """Generator and discriminator. Run, it is the generator: latents [N, 64, 1, 1] to images [N, 1, 28, 28] in [-1, 1]"""
+    """Both networks. Called, it is the generator: latents [N, 64, 1, 1] to images [N, 1, 28, 28] in [-1, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,12 +101,12 @@ def discriminator() -> nn.Sequential:
 
 
 def build(seed: int = 0) -> nn.Module:
-    """The untrained networks, initialized as the paper does."""
+    """The untrained networks: the generator's weights small, as the paper's, because batch norms follow them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Gan()
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        for module in model.generator.modules():
+            if isinstance(module, nn.ConvTranspose2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
     return model
 

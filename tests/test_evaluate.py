@@ -250,7 +250,7 @@ def test_fp32_outputs_that_are_gone_are_taken_again(tmp_path):
     assert trained() == before
 
 
-def test_the_batch_for_timing_repeats_the_calibration_examples():
+def test_the_batch_for_timing_repeats_the_calibration_examples(prepared):
     task = sys.modules["known_task"]
     sixteen = torch.cat([task.images(10, 1), task.images(6, 3)])
     (batch,) = evaluate.example_batch(config(), prepared, 40)
