@@ -28,8 +28,11 @@ class Distillation:
     """A `fine_tune` for qat: Adam on the relative squared error of the results, for a fixed number of steps.
 
     `batches` are the input tensors of each batch; their samples are drawn anew, in a seeded order, where they have one
-    shape. The learning rate falls to 0 along a cosine; the ranges of the activations are frozen in the second half.
-    Afterwards `losses` holds the loss of each step, and `weight_change` is ||w - w_0|| / ||w_0||.
+    shape. The first step of Adam moves each weight by `learning_rate` times the root mean square of its tensor times
+    the square root of the first loss, the noise-to-signal ratio: a network that quantization hardly hurts is hardly
+    moved, whatever the size of its weights. From there the rate falls to 0 along a cosine; the ranges of the
+    activations are frozen in the second half. Afterwards `losses` holds the loss of each step, and `weight_change` is
+    ||w - w_0|| / ||w_0||.
     """
 
     def __init__(
@@ -44,16 +47,18 @@ class Distillation:
 
     def __call__(self, module: FakeQuantized) -> None:
         """Train the fake-quantized module in place. Raises ValueError when the loss is not finite any more."""
-        optimizer = torch.optim.Adam(module.parameters(), fused=True)
+        tensors = list(module.parameters())
+        sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in tensors]
+        optimizer = torch.optim.Adam([{"params": [tensor]} for tensor in tensors], fused=True)
         for step, leaves in zip(range(self.steps), draw(self.batches), strict=False):
             if step == self.frozen_at:
                 module.freeze_ranges()
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
             loss = relative_error(pytree.tree_leaves(module(*leaves)), self._targets(leaves))
             self._note(step, float(loss.detach()))
             optimizer.zero_grad()
             loss.backward()
+            for group, size in zip(optimizer.param_groups, sizes, strict=True):
+                group["lr"] = size * self._rate(step)
             optimizer.step()
         self.weight_change = module.weight_change
 
@@ -67,6 +72,11 @@ class Distillation:
         """What the record of a cell holds of it."""
         losses = [float(f"{loss:.6g}") for loss in self.losses]
         return {"steps": len(losses), "relative_weight_change": self.weight_change, "losses": losses}
+
+    def _rate(self, step: int) -> float:
+        """The share of its size by which a weight may move."""
+        fading = (1 + math.cos(math.pi * step / self.steps)) / 2
+        return self.learning_rate * math.sqrt(self.losses[0]) * fading
 
     @torch.no_grad()
     def _targets(self, leaves: list[Tensor]) -> list[Tensor]:

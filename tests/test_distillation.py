@@ -146,10 +146,12 @@ def uneven() -> nn.Module:
                 loss.backward()
                 optimizer.step()
         with torch.no_grad():
-            factors = 2 ** torch.empty(16).uniform_(-SPREAD, SPREAD)
-            model[0].weight.mul_(factors[:, None, None, None])
-            model[0].bias.mul_(factors)
-            model[2].weight.div_(factors[:, None, None])
+            for before, after, channels in ((0, 2, 16), (2, 5, 32)):
+                factors = 2 ** torch.empty(channels).uniform_(-SPREAD, SPREAD)
+                model[before].weight.mul_(factors[:, None, None, None])
+                model[before].bias.mul_(factors)
+                read = model[after].weight.reshape(len(model[after].weight), channels, -1)
+                read.div_(factors[:, None])
     return model.eval().requires_grad_(False)
 
 
@@ -169,7 +171,7 @@ def test_qat_recovers_half_of_what_one_scale_for_a_weight_loses() -> None:
         trainer = method.trainer(network, [[images]], silent) if isinstance(method, methods.qat) else None
         return accuracy(quantize_network(network, recipe, [(images[:256],)], fine_tune=trainer)(held_out))
 
-    fp32, ptsq, qat = accuracy(model(held_out)), quantized("ptsq"), quantized(methods.qat(learning_rate=1e-3))
+    fp32, ptsq, qat = accuracy(model(held_out)), quantized("ptsq"), quantized(methods.qat(steps=60))
     assert fp32 > 0.95
     assert fp32 - ptsq >= 0.05
     assert qat >= ptsq + (fp32 - ptsq) / 2

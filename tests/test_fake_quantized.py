@@ -277,7 +277,7 @@ def test_a_network_without_layers_has_nothing_to_train() -> None:
 
 def test_the_relative_change_is_that_of_all_weights_together() -> None:
     module = FakeQuantized(tiny())
-    length = math.sqrt(sum(float(parameter.double().square().sum()) for parameter in module.parameters()))
+    length = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in module.parameters()))
     with torch.no_grad():
         module.get_parameter("0.weight")[0, 0] += 3
         module.get_parameter("2.bias")[1] -= 4
