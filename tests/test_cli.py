@@ -102,7 +102,7 @@ def test_help_tells_groups_sweeps_and_examples(project):
     assert ended.returncode == 0
     for text in (
         "+sweep=all",
-        "method: fp32, ptdq, ptsq, qat, woq",
+        "method: bf16, fp32, ptdq, ptsq, qat, woq",
         "sweep: activations, all",
         "group_size: 64",
         "Exit codes",

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from qbench import evaluate, methods
+from qbench import bfloat16, evaluate, methods
+from qbench.config import RECIPE_VALUES
 from qbench.measure import Measure
 from qbench.recipe import AXES, Recipe
 from qbench.saved import load
@@ -95,7 +96,7 @@ def recipe_config(recipe):
         for axis in AXES
         for chosen in [getattr(recipe, axis)]
     }
-    return targets | {"group_size": recipe.group_size, "keep_float": list(recipe.keep_float)}
+    return targets | {name: getattr(recipe, name) for name in RECIPE_VALUES}
 
 
 MEASURE = {"_target_": "qbench.measure.Measure", "eval_batch": 50, "figures": False}
@@ -328,6 +329,27 @@ def test_a_batch_dependent_recipe_is_noted(prepared, tmp_path):
     assert "batch_dependent" in cell(prepared, tmp_path, Recipe("ptdq", activation_granularity="per_tensor"))["notes"]
     assert "batch_dependent" not in cell(prepared, tmp_path, Recipe("ptdq"))["notes"]
     assert "batch_dependent" not in cell(prepared, tmp_path, Recipe(activation_granularity="per_tensor"))["notes"]
+
+
+def test_a_bfloat16_cell_is_a_float_one_and_says_where_it_is_emulated(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(bfloat16, "answering_environment", lambda: {"cpu_flags": ["avx2"]})
+    found = cell(prepared, tmp_path, Recipe("bf16"))
+    assert found["metrics"]["int8_mac_fraction"] == 0.0
+    assert found["metrics"]["sqnr_db"] > 30
+    assert found["granularity_effective"] is None
+    assert found["notes"] == ["bf16_emulated"]
+    monkeypatch.setattr(bfloat16, "answering_environment", lambda: {"cpu_flags": ["avx512_bf16"]})
+    assert cell(prepared, tmp_path, Recipe("bf16"))["notes"] == []
+
+
+def test_a_draw_of_the_calibration_examples_is_another_network_with_the_same_judges(prepared, tmp_path):
+    def program(**values):
+        found = cell(prepared, tmp_path, Recipe(**values))
+        return (tmp_path / "model.qb").read_bytes(), found["metrics"]["examples"]
+
+    drawn = {"calibration_samples": 4, "calibration_seed": 1}
+    assert program(**drawn) == program(**drawn)
+    assert len({program(**drawn), program(**{**drawn, "calibration_seed": 2}), program()}) == 3
 
 
 @pytest.mark.parametrize(

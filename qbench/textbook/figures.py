@@ -92,14 +92,14 @@ def _gains(cells: Selection, task: str) -> dict[str, float]:
 
 def choices_figure(gains: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """SQNR that each choice gains over the other, a group a choice, a bar a task."""
-    figure = new_figure(9.0, 4.2)
+    names = [name for name, *_ in CHOICES if any(name in own for own in gains.values())]
+    figure = new_figure(max(5.0, 1.4 + 1.9 * len(names)), 4.2)
     ax = figure.subplots()
     ax.axhspan(
         -MARGIN_DB, MARGIN_DB, color=GREY, alpha=0.25, linewidth=0, label=f"within {MARGIN_DB:g} dB: no difference"
     )
     ax.axhline(0, color="black", linewidth=0.8)
-    names = [name for name, *_ in CHOICES if any(name in own for own in gains.values())]
-    width = 0.8 / len(gains)
+    width = min(0.3, 0.8 / len(gains))
     for number, (task, own) in enumerate(gains.items()):
         places = [names.index(name) + (number - (len(gains) - 1) / 2) * width for name in own]
         bars = ax.bar(
@@ -107,6 +107,7 @@ def choices_figure(gains: Mapping[str, Mapping[str, float]], path: Path) -> None
         )
         ax.bar_label(bars, fmt="%+.1f", fontsize=8, padding=2)
     ax.margins(y=0.12)
+    ax.set_xlim(-0.6, len(names) - 0.4)
     ax.set_xticks(range(len(names)), names)
     ax.set_ylabel("gain in SQNR of the outputs, dB")
     figure.legend(loc="outside lower center", ncols=6, fontsize=9)
