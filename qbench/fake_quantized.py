@@ -86,7 +86,8 @@ class FakeQuantized(nn.Module):
             average.update(value.detach())
         except ValueError:
             raise ValueError(
-                f"{name}: fine-tuning meets a value that is not finite (NaN or infinity), in its data or as weights diverge"
+                f"{name}: fine-tuning meets a value that is not finite (NaN or infinity), "
+                f"in its data or as weights diverge"
             ) from None
         self._plan.ranges[name] = average.range()
 
