@@ -14,7 +14,6 @@ from qbench.calibrate import joined
 from qbench.capture import Network
 from qbench.fake_quantized import FakeQuantized
 
-BATCH = 64  # samples a step
 SEED = 0
 
 Say = Callable[[str], None]
@@ -98,13 +97,13 @@ def relative_error(results: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 def draw(batches: list[list[Tensor]]) -> Iterator[list[Tensor]]:
-    """Batches without end: BATCH samples each, in another order every time through; as given where shapes differ."""
+    """Batches without end, of the first one's size, in another order every time; as given where shapes differ."""
     random = torch.Generator().manual_seed(SEED)
-    together = joined(batches)
+    together, size = joined(batches), len(batches[0][0])
     while True:
         if together is None:
             yield from (batches[number] for number in torch.randperm(len(batches), generator=random).tolist())
         else:
             order = torch.randperm(len(together[0]), generator=random)
-            whole = len(order) // BATCH * BATCH or len(order)
-            yield from ([leaf[chosen] for leaf in together] for chosen in order[:whole].split(BATCH))
+            whole = len(order) // size * size or len(order)
+            yield from ([leaf[chosen] for leaf in together] for chosen in order[:whole].split(size))

@@ -21,7 +21,7 @@ from tasks.checkpoints import kept
 from tasks.gan_training import LATENT, latents
 
 CALIBRATION_SEED, EVALUATION_SEED, FINE_TUNING_SEED = 1, 2, 3  # of latents; training draws its own
-FINE_TUNING_EXAMPLES = 4096
+FINE_TUNING_EXAMPLES, FINE_TUNING_BATCH = 4096, 64
 CALIBRATION_EXAMPLES, CALIBRATION_BATCH = 256, 32
 GENERATED = 10_000
 BLOCKS = 50  # of latents: the resampling units
@@ -44,7 +44,7 @@ def task(source: Network, full_data: str | None = None, seed: int = 0, checkpoin
         build=partial(build, seed),
         train=partial(fit, full_data, seed),
         calibration=calibration,
-        fine_tuning=lambda: [(latents(FINE_TUNING_EXAMPLES, FINE_TUNING_SEED),)],
+        fine_tuning=fine_tuning,
         evaluation=evaluation,
         judge=lambda: Judge(source()).eval(),
     )
@@ -125,6 +125,11 @@ def as_generated(images: Tensor) -> Tensor:
 def calibration() -> list[tuple[Tensor, ...]]:
     """256 latents in batches of 32."""
     return [(batch,) for batch in latents(CALIBRATION_EXAMPLES, CALIBRATION_SEED).split(CALIBRATION_BATCH)]
+
+
+def fine_tuning() -> list[tuple[Tensor, ...]]:
+    """4,096 other latents in batches of 64."""
+    return [(batch,) for batch in latents(FINE_TUNING_EXAMPLES, FINE_TUNING_SEED).split(FINE_TUNING_BATCH)]
 
 
 def evaluation() -> Examples:

@@ -23,7 +23,7 @@ CONTEXT = 128
 BETWEEN = "\f"  # stands between two speeches
 WINDOWS_A_SPEECH = 16  # of a held-out one, evenly spaced: all of them would make 370 MB of fp32 outputs
 CALIBRATION_WINDOWS, CALIBRATION_BATCH = 128, 32
-FINE_TUNING_WINDOWS = 1024
+FINE_TUNING_WINDOWS, FINE_TUNING_BATCH = 1024, 8
 
 # sha256 of the files' content, not of their compression: two gzip programs may pack the same text differently.
 SHA256 = {
@@ -57,9 +57,10 @@ def calibration() -> list[tuple[Tensor, ...]]:
 
 
 def fine_tuning() -> list[tuple[Tensor, ...]]:
-    """1,024 other windows from all over the training speeches, as one batch."""
+    """1,024 other windows from all over the training speeches, in batches of 8."""
     text = torch.cat(training())[CONTEXT // 2 :]  # half a window off those of calibration
-    return [(_spaced(text, FINE_TUNING_WINDOWS)[:, :-1].contiguous(),)]
+    windows = _spaced(text, FINE_TUNING_WINDOWS)[:, :-1].contiguous()
+    return [(batch,) for batch in windows.split(FINE_TUNING_BATCH)]
 
 
 def _spaced(text: Tensor, count: int) -> Tensor:

@@ -21,6 +21,7 @@ SHA256 = "140805d551ee68a934ac2793eba6d17d0586036184ca0299575f46b805a631c9"  # o
 CHANNELS, CLASSES = 6, 7
 WINDOW, STRIDE = 100, 50
 HELD_OUT = 3  # subjects, the last ones: nobody who is judged was seen in training or calibration
+FINE_TUNING_BATCH = 16
 CALIBRATION_EXAMPLES, CALIBRATION_BATCH = 256, 32
 
 
@@ -47,8 +48,8 @@ def calibration() -> list[tuple[Tensor, ...]]:
 
 
 def fine_tuning() -> list[tuple[Tensor, ...]]:
-    """All training windows, as one batch."""
-    return [(training()[0],)]
+    """All training windows, in batches of 16."""
+    return [(batch,) for batch in training()[0].split(FINE_TUNING_BATCH)]
 
 
 def read(path: Path = EMBEDDED, sha256: str = SHA256) -> dict[str, Tensor]:

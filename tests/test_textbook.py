@@ -2,14 +2,14 @@
 
 import dataclasses
 import shlex
-import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_report import record
-from user_project import TEMPORARY, make
+from user_project import make
 
-from qbench import cli, textbook, workers
+from qbench import cli, textbook, timing_lock, workers
 from qbench.recipe import Recipe
 from qbench.textbook import methods, tensors
 from qbench.textbook.claims import Question
@@ -222,7 +222,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(workers, "stop", lambda: None)
-    monkeypatch.setattr(tempfile, "tempdir", TEMPORARY)
+    monkeypatch.setattr(timing_lock, "tempfile", SimpleNamespace(gettempdir=lambda: tmp_path))  # waits for no other
 
     def run_here(*arguments):
         capsys.readouterr()

@@ -78,13 +78,8 @@ def storage(asked: Question) -> list[Row]:
             continue
         rival = max(others, key=lambda cell: cell.metrics.get("sqnr_db", 0.0))
         decibels, int8 = sqnr_gain(woq, rival), woq.metrics.get("int8_mac_fraction")
-        texts = (
-            task,
-            optional(int8, ".3f"),
-            optional(woq.metrics.get("sqnr_db"), ".1f"),
-            f"{optional(rival.metrics.get('sqnr_db'), '.1f')} ({rival.method})",
-            optional(decibels, "+.1f"),
-        )
+        noise = [optional(cell.metrics.get("sqnr_db"), ".1f") for cell in (woq, rival)]
+        texts = (task, optional(int8, ".3f"), noise[0], f"{noise[1]} ({rival.method})", optional(decibels, "+.1f"))
         rows.append(Row(texts, _stores_only(int8, decibels), (woq, *others)))
     return rows
 
@@ -111,9 +106,9 @@ def suited_score(asked: Question) -> list[Row]:
     rows = []
     for task, cell, other in _advised(asked):
         cost = gain(other, cell)
-        texts = (task, cell.family, cell.method, in_unit(cell, drop(cell)), in_unit(other, drop(other)))
-        word = at_most(cost, small(cell))
-        rows.append(Row((*texts, in_unit(cell, cost), limit(cell)), word, (cell, other)))
+        drops = in_unit(cell, drop(cell)), in_unit(other, drop(other)), in_unit(cell, cost)
+        texts = (task, cell.family, cell.method, *drops, limit(cell))
+        rows.append(Row(texts, at_most(cost, small(cell)), (cell, other)))
     return rows
 
 
