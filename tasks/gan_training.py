@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from tasks.batch_norm import settle_batch_norm
 from tasks.training import Progress
 
 LATENT = 64
-EPOCHS, BATCH = 6, 64
-LEARNING_RATE, BETAS = 4e-4, (0.5, 0.999)
+EPOCHS, BATCH = 4, 64
+LEARNING_RATE, BETAS = 1e-3, (0.5, 0.999)
+STEADY = 0.5  # share of the steps with the full learning rate; then it falls to 0, which calms the duel
 SETTLING_LATENTS, SETTLING_BATCH = 4096, 256
 GENERATED_CLASS, REAL_CLASS = 0, 1
 
@@ -36,27 +37,39 @@ def train(generator: nn.Module, discriminator: nn.Module, images: Tensor, seed: 
     `say` is told about every two seconds how far the training is.
     """
     random = torch.Generator().manual_seed(seed)
-    generator.to(memory_format=torch.channels_last).train()
-    discriminator.to(memory_format=torch.channels_last).train()
-    optimizers = [
-        torch.optim.Adam(n.parameters(), lr=LEARNING_RATE, betas=BETAS, fused=True) for n in (generator, discriminator)
-    ]
-    progress = Progress(EPOCHS, len(images) // BATCH, say)
-    for _ in range(EPOCHS):
-        for chosen in torch.randperm(len(images), generator=random)[: len(images) // BATCH * BATCH].split(BATCH):
-            real, generated = images[chosen], generator(drawn(BATCH, random))
-            loss = _loss(discriminator(real), REAL_CLASS) + _loss(discriminator(generated.detach()), GENERATED_CLASS)
-            _step(optimizers[1], loss)
-            _step(optimizers[0], _loss(discriminator(generated), REAL_CLASS))
-            progress.step(loss)
+    for network in (generator, discriminator):
+        network.to(memory_format=torch.channels_last).train()
+    _compete(generator, discriminator, images, random, say)
     for network in (generator, discriminator):
         network.to(memory_format=torch.contiguous_format).eval()
     settle_batch_norm(generator, list(drawn(SETTLING_LATENTS, random).split(SETTLING_BATCH)))
 
 
-def _loss(logits: Tensor, wanted: int) -> Tensor:
-    """Cross entropy to one of the classes; the generator wants its images called real."""
-    return F.cross_entropy(logits, torch.full((len(logits),), wanted))
+def _compete(generator: nn.Module, discriminator: nn.Module, images: Tensor, random: torch.Generator, say: Say) -> None:
+    """One step of each in turn: the discriminator learns who made an image, the generator to be taken for real."""
+    makes, judges = (
+        torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, betas=BETAS, fused=True)
+        for network in (generator, discriminator)
+    )
+    progress = Progress(EPOCHS, len(images) // BATCH, say)
+    made, real = (torch.full((BATCH,), wanted) for wanted in (GENERATED_CLASS, REAL_CLASS))
+    for batch in _batches(images, random):
+        for optimizer in (makes, judges):
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (1 - progress.done) / (1 - STEADY))
+        generated = generator(drawn(BATCH, random))
+        logits = discriminator(torch.cat([generated.detach(), batch]))
+        loss = F.cross_entropy(logits, torch.cat([made, real]))
+        _step(judges, loss)
+        _step(makes, F.cross_entropy(discriminator(generated), real))
+        progress.step(loss)
+
+
+def _batches(images: Tensor, random: torch.Generator) -> Iterator[Tensor]:
+    """All epochs, each in a random order; the last images, fewer than a batch, are left out."""
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(images), generator=random)
+        for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
+            yield images[chosen]
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -115,7 +115,8 @@ def test_both_run_whole_in_int8(networks, part, method):
 
 def test_a_step_of_training_moves_both_and_repeats_itself(monkeypatch):
     monkeypatch.setattr(gan_training, "EPOCHS", 1)
-    images = gan.as_generated(fashion_mnist.training()[0][:256])
+    monkeypatch.setattr(gan_training, "SETTLING_LATENTS", 64)
+    images = gan.as_generated(fashion_mnist.training()[0][:128])
 
     def trained(seed):
         model, said = gan.build(), []
