@@ -86,8 +86,7 @@ class FakeQuantized(nn.Module):
             average.update(value.detach())
         except ValueError:
             raise ValueError(
-                f"{name}: fine-tuning meets a value that is not finite (NaN or infinity), "
-                f"in its data or as weights diverge"
+                f"{name}: not finite (NaN or infinity) while fine-tuning: its data are not, or its weights diverge"
             ) from None
         self._plan.ranges[name] = average.range()
 

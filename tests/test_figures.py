@@ -130,3 +130,12 @@ def test_no_figure_is_kept_alive_by_pyplot(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_the_loss_of_fine_tuning(tmp_path, drawn):
+    figures.loss_figure([0.5, 0.25, 0.125, 0.0625], 2, tmp_path / "loss.png")
+    assert png_size(tmp_path / "loss.png") == (700, 400)
+    curve, frozen = drawn[0].axes[0].lines
+    assert list(curve.get_xdata()) == [1, 2, 3, 4]
+    assert list(curve.get_ydata()) == [0.5, 0.25, 0.125, 0.0625]
+    assert list(frozen.get_xdata()) == [2.5, 2.5]  # between the second step and the third, the first with frozen ranges

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from qbench import evaluate, metrics
+from qbench import evaluate, methods, metrics
 from qbench.capture import capture
 from qbench.config import instantiate
 from qbench.quantization import quantize_network
@@ -32,7 +32,7 @@ class Trained:
         config = yaml.safe_load((PROJECT / "conf" / "task" / f"{name}.yaml").read_text())
         task = instantiate(config)
         model = evaluate.fp32_model(config, evaluate.prepare(config, cache, lambda text: None))
-        self.calibration = task.calibration()
+        self.calibration, self.fine_tuning = task.calibration(), task.fine_tuning
         self.parts = task.evaluation().first(EXAMPLES[name]).inputs[0].split(BATCH)
         self.network = capture(model, self.calibration[0])
         self.fp32 = self.outputs(model)
@@ -46,9 +46,16 @@ class Trained:
         """(SQNR in dB, agreement) of a recipe, against float."""
         recipe = (method, granularity, scheme)
         if recipe not in self.found:
-            outputs = self.outputs(quantize_network(self.network, Recipe(*recipe), self.calibration))
+            made = quantize_network(self.network, Recipe(*recipe), self.calibration, fine_tune=self.trainer(recipe[0]))
+            outputs = self.outputs(made)
             self.found[recipe] = metrics.sqnr_db(self.fp32, outputs), metrics.agreement(outputs, self.fp32)
         return self.found[recipe]
+
+    def trainer(self, method):
+        """What fine-tunes in a sweep."""
+        if method != "qat":
+            return None
+        return methods.qat().trainer(self.network, [list(batch) for batch in self.fine_tuning()], lambda text: None)
 
     def sqnr_db(self, *recipe):
         return self.fidelity(*recipe)[0]
@@ -97,6 +104,11 @@ def test_an_affine_weight_beats_a_symmetric_one_where_a_tensor_is_lopsided(train
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_quantizing_activations_too_costs_fidelity(trained, granularity):
     assert trained.sqnr_db("woq", granularity, "symmetric") > trained.sqnr_db("ptsq", granularity, "symmetric")
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_fine_tuning_takes_back_some_of_the_noise(trained, granularity):
+    assert trained.sqnr_db("qat", granularity, "symmetric") > trained.sqnr_db("ptsq", granularity, "symmetric")
 
 
 @pytest.mark.parametrize("scheme", ["symmetric", "affine"])
