@@ -135,6 +135,24 @@ def test_bench_lstm_is_the_stated_network_and_judges_itself():
         assert model(examples.inputs[0][:1]).shape == (1, bench.CLASSES)
 
 
+def test_a_turned_window_has_the_same_lengths_and_a_small_angle():
+    windows = watch.evaluation().inputs[0][:500]
+    turned = lstm.turned(windows, torch.Generator().manual_seed(0))
+    for part in (slice(0, 3), slice(3, 6)):
+        before, after = windows[..., part], turned[..., part]
+        torch.testing.assert_close(before.norm(dim=-1), after.norm(dim=-1), rtol=1e-4, atol=1e-4)
+        cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1)).clamp(min=1e-6)
+        assert 0.9 < cosine.mean() < 0.999
+    assert not torch.equal(turned[0] / windows[0], turned[1] / windows[1])  # each window by an angle of its own
+
+
+def test_a_shortened_window_is_a_part_of_it():
+    windows = torch.arange(10.0).view(1, 10, 1).expand(2, 10, 6)
+    starts = {int(lstm.shortened(windows, 7, torch.Generator().manual_seed(seed))[0, 0, 0]) for seed in range(40)}
+    assert starts == {0, 1, 2, 3}
+    assert torch.equal(lstm.shortened(windows, 10, torch.Generator()), windows)
+
+
 @pytest.mark.slow
 def test_training_reaches_the_promised_score():
     task, said = lstm.task(), []
