@@ -18,7 +18,10 @@ class ActivationGranularity(Protocol):
 
 @dataclass(frozen=True)
 class per_row:
-    """One scale for each vector that meets the weight: each row of a linear layer, each sample of a convolution."""
+    """One scale for each vector that meets the weight: each row of a linear layer, each sample of a convolution.
+
+    In attention one for each query, key and row of probabilities, and one for the values of a head of a sample.
+    """
 
     name: ClassVar[str] = "per_row"
     label: ClassVar[str] = "row"

@@ -180,16 +180,16 @@ class _Reader:
                 return self._product(*node.args[:2])
             case aten.baddbmm.default if node.kwargs.get("beta", 1) == 1:
                 product = self._product(*node.args[1:3])
-                return self._masked(self._scaled(product, node.kwargs.get("alpha", 1)), node.args[0])
+                return self._masked(node, self._scaled(product, node.kwargs.get("alpha", 1)), node.args[0])
             case aten.mul.Tensor | aten.div.Tensor:
                 inner, factor = self._times(node)
                 return self._scaled(self.scores(inner), factor) if factor is not None else None
             case aten.add.Tensor if node.kwargs.get("alpha", 1) == 1:
                 return self._sum(node)
             case aten.masked_fill.Scalar | aten.masked_fill.Tensor:
-                return self._hidden(node.args[0], node.args[1], node.args[2], 0.0)
+                return self._hidden(node, node.args[0], node.args[1], (node.args[2], 0.0))
             case aten.where.self | aten.where.ScalarOther:
-                return self._hidden(node.args[1], node.args[0], 0.0, node.args[2])
+                return self._hidden(node, node.args[1], node.args[0], (0.0, node.args[2]))
             case aten.reshape.default:
                 return self._reshaped(self.scores(node.args[0]), node)
         return None
@@ -221,19 +221,30 @@ class _Reader:
         """scores + mask, in either order."""
         for inner, mask in (node.args[:2], node.args[1::-1]):
             if isinstance(mask, fx.Node) and (found := self.scores(inner)) is not None:
-                return self._masked(found, mask)
+                return self._masked(node, found, mask, inner)
         return None
 
-    def _masked(self, scores: _Scores | None, mask: fx.Node) -> _Scores | None:
-        return None if scores is None or scores.back else replace(scores, masks=(*scores.masks, mask))
-
-    def _hidden(self, inner: Any, condition: fx.Node, where_true: Any, where_false: Any) -> _Scores | None:
-        """Scores that give way to a number where a condition says so: as good as added, when it is very negative."""
-        ends = self._number(where_true), self._number(where_false)
-        scores = self.scores(inner)
-        if scores is None or None in ends or sum(ends) > REPLACES:  # type: ignore[arg-type]
+    def _masked(
+        self, node: fx.Node, scores: _Scores | None, mask: fx.Node, inner: fx.Node | None = None
+    ) -> _Scores | None:
+        """Scores with a float32 mask, `node`; not one that gives them (`inner`) another shape."""
+        grown = inner is not None and str(inner.meta["val"].shape) != str(node.meta["val"].shape)
+        if scores is None or scores.back or grown or mask.meta["val"].dtype != torch.float32:
             return None
-        return self._masked(scores, insert_call(self.before, aten.where.Scalar, condition, *ends))
+        while mask.meta["val"].dim() < 2:
+            mask = insert_call(self.before, aten.unsqueeze.default, mask, 0)
+        return replace(scores, masks=(*scores.masks, mask))
+
+    def _hidden(self, node: fx.Node, inner: fx.Node, condition: fx.Node, ends: tuple[Any, Any]) -> _Scores | None:
+        """Scores that give way to a number where a condition says so: as good as added, when it is very negative.
+
+        `ends` are what stands, or is added to them, where the condition is true and where it is false.
+        """
+        numbers = [self._number(end) for end in ends]
+        if None in numbers or sum(numbers) > REPLACES:  # type: ignore[arg-type]
+            return None
+        mask = insert_call(self.before, aten.where.Scalar, condition, *numbers)
+        return self._masked(node, self.scores(inner), mask, inner)
 
     def _reshaped(self, scores: _Scores | None, node: fx.Node) -> _Scores | None:
         """Scores in another shape, and back: Swin adds its window mask so."""
@@ -244,18 +255,18 @@ class _Reader:
             return None
         if scores.sizes is not None:
             return replace(scores, back=tuple(sizes))
-        fits = all(_broadcasts_behind(mask.meta["val"], node.args[0].meta["val"], sizes) for mask in scores.masks)
+        fits = all(_fits(mask.meta["val"], node.args[0].meta["val"], sizes) for mask in scores.masks)
         return replace(scores, sizes=tuple(sizes)) if fits else None
 
 
-def _broadcasts_behind(mask: Any, scores: Any, sizes: list[Any]) -> bool:
+def _fits(mask: Any, scores: Any, sizes: list[Any]) -> bool:
     """Does a mask of the scores mean the same when the dimensions before the last two become `sizes`?
 
-    It does where it varies only along trailing dimensions that both have.
+    It does where it has no more of them and varies only along trailing ones that both shapes have.
     """
     kept = 2
     for old, new in zip(reversed(scores.shape[:-2]), reversed(sizes), strict=False):
         if not isinstance(new, int) or old != new:
             break
         kept += 1
-    return all(size == 1 for size in mask.shape[: max(mask.dim() - kept, 0)])
+    return mask.dim() <= len(sizes) + 2 and all(size == 1 for size in mask.shape[: max(mask.dim() - kept, 0)])

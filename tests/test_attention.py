@@ -185,6 +185,10 @@ FORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         windows,
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, BIAS + BIAS[:1, None].expand(3, 2, 6, 6)[:1]),
     ),
+    "mask of keys alone": (
+        lambda q, k, v: explicit(q, k, v, lambda s: s + BIAS[0, 0]),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, BIAS[0, :1]),
+    ),
     "three dimensions": (batched, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
     "shared heads": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
@@ -209,6 +213,23 @@ def test_every_form_gives_the_bytes_of_the_plain_call(name: str, method: str) ->
         assert torch.equal(said(X), plain(X))
         assert said.int8_mac_fraction == 1.0
         assert sqnr_db(whole(FORMS[name][0](*heads(X))), said(X)) > 25
+
+
+NO_FORM: dict[str, Callable[..., Tensor]] = {
+    "a mask that makes the scores larger": lambda q, k, v: explicit(q[:, :1], k[:, :1], v, lambda s: s + BIAS),
+    "a mask of integers": lambda q, k, v: explicit(q, k, v, lambda s: s + (BIAS > 0).long()),
+    "softmax of another axis": lambda q, k, v: (q @ k.mT).softmax(2) @ v,
+    "scores scaled after the mask": lambda q, k, v: ((q @ k.mT + BIAS) * 2).softmax(-1) @ v,
+    "scores that give way to a small number": lambda q, k, v: explicit(q, k, v, lambda s: s.masked_fill(SEEN, -3.0)),
+}
+
+
+@pytest.mark.parametrize("name", NO_FORM)
+def test_what_is_no_attention_is_refused_not_changed(name: str) -> None:
+    network = form(NO_FORM[name])
+    assert torch.allclose(quantize_network(network, qbench.Recipe(method="fp32"))(X), whole(NO_FORM[name](*heads(X))))
+    with pytest.raises(ValueError, match=r"aten\.matmul\.default in layer .* has no int8 form"):
+        quantize_network(network, qbench.Recipe(), [(X,)])
 
 
 # --- padding that is an input, cross-attention, modules --------------------------------------------------------------
@@ -323,12 +344,11 @@ def test_there_and_back(name: str, method: str, tmp_path: Any) -> None:
     assert again.code == q.code
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("method", ["ptdq", "ptsq"])
-def test_a_causal_model_stays_causal(method: str, seed: int) -> None:
+def test_a_causal_model_stays_causal(method: str) -> None:
     """A later token of any size changes no earlier result, not by one bit."""
     model = seeded(lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True))
-    x = normal(3, 9, 16, seed=seed)
+    x = normal(9, 9, 16, seed=0)
     future = nn.Transformer.generate_square_subsequent_mask(9)
     network = capture(Apply(lambda m, x: m.layers[0](x, m.future, is_causal=True), model, future=future), (x,))
     q = quantize_network(network, qbench.Recipe(method=method), [(x,)])

@@ -266,6 +266,18 @@ def test_a_changed_argument_is_refused(name: str, tmp_path: Path) -> None:
         load(tmp_path / "m.qb")
 
 
+def test_positions_that_are_no_row_are_one_clear_error(tmp_path: Path) -> None:
+    """Constant indices lie in the file, where anyone may change them."""
+    _, network, batches = characters()
+    q = quantize_network(network, qbench.Recipe(), batches)
+    (name,) = [name for name, tensor in q.program.tensors.items() if tensor.dtype == torch.int64]
+    q.program.tensors[name] = q.program.tensors[name].clone()  # the capture is shared
+    q.program.tensors[name][3] = 10**12
+    q.save(tmp_path / "m.qb")
+    with pytest.raises(ValueError, match=r"an embedding of 12 rows met indices from 0 to 10{12}, not 0 to 11"):
+        load(tmp_path / "m.qb")(text(0))
+
+
 # --- vision transformers, as they come -------------------------------------------------------------------------------
 
 
