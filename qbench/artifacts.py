@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from qbench import figures
+from qbench import figures, float_ops
 from qbench.capture import Network
-from qbench.fusion import layer_call, layer_weight
+from qbench.fusion import LAYERS, layer_call, layer_weight
 from qbench.layers import Recorder, as_csv, layer_table
 from qbench.measure import Measure
 from qbench.model import QuantizedModel
@@ -45,7 +45,14 @@ def write_artifacts(
 
 
 def _has_layers(network: Network) -> bool:
-    return any(node.op == "call_function" and layer_call(node) is not None for node in network.graph.nodes)
+    return bool(_layers(network))
+
+
+def _layers(network: Network) -> list[tuple[fx.Node, Tensor, str]]:
+    """Input, weight and name of each layer that multiplies by a weight (an LSTM's is the one of its input)."""
+    calls = [(layer_call(node), node.meta["layer"]) for node in network.graph.nodes if node.op == "call_function"]
+    kinds = (*LAYERS, float_ops.lstm)
+    return [(c[1][0], layer_weight(network, c), layer) for c, layer in calls if c is not None and c[0] in kinds]
 
 
 def _figures(folder: Path, made: Path, network: Network, inputs: tuple[Tensor, ...]) -> None:
@@ -65,8 +72,7 @@ def skewed_activation(network: Network, inputs: tuple[Tensor, ...]) -> tuple[Ten
     """The values that enter the layer whose range lies most on one side of zero, and that layer's name."""
     recorder = Recorder(network.module())
     recorder.run(*inputs)
-    calls = [(layer_call(node), node.meta["layer"]) for node in network.graph.nodes if node.op == "call_function"]
-    entering = [(recorder.kept[call[1][0].name], layer) for call, layer in calls if call is not None]
+    entering = [(recorder.kept[source.name], layer) for source, _, layer in _layers(network)]
 
     def one_sidedness(entry: tuple[Tensor, str]) -> float:
         lo, hi = min(float(entry[0].min()), 0.0), max(float(entry[0].max()), 0.0)
@@ -77,11 +83,7 @@ def skewed_activation(network: Network, inputs: tuple[Tensor, ...]) -> tuple[Ten
 
 def diverging_weight(network: Network) -> tuple[Tensor, str]:
     """The weight whose output channels' ranges differ most, and its layer's name."""
-    weights = [
-        (layer_weight(network, call), node.meta["layer"])
-        for node in network.graph.nodes
-        if node.op == "call_function" and (call := layer_call(node)) is not None
-    ]
+    weights = [(weight, layer) for _, weight, layer in _layers(network)]
 
     def divergence(entry: tuple[Tensor, str]) -> float:
         ranges = entry[0].flatten(1).abs().amax(1)

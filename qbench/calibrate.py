@@ -1,7 +1,9 @@
-"""Calibration: the range of every activation, then the scale and zero point of everything (ptsq)."""
+"""Calibration: the range of every activation, then the scale and zero point of everything (ptsq, qat)."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops
+from qbench.attention import check_attention
 from qbench.capture import Network
 from qbench.fusion import LAYERS, fuse, is_move, kept_layers, refuse_float_macs
 from qbench.numerics import (
@@ -24,6 +27,7 @@ from qbench.numerics import (
 )
 from qbench.observers import Extent, Tally
 from qbench.recipe import Recipe
+from qbench.recurrent import is_cell_state, lstm_bias
 
 REBATCHED = 32
 INTEGER = {
@@ -37,28 +41,42 @@ INTEGER = {
     float_ops.cat,
     float_ops.clamp,
     float_ops.unary,
+    float_ops.lstm,
+    float_ops.layer_norm,
+    float_ops.embedding,
+    float_ops.attention,
 }
+
+
+# The operands that are float parameters, of each layer with weights.
+PARAMETERS = {**dict.fromkeys(LAYERS, slice(1, 3)), float_ops.lstm: slice(1, 5), float_ops.embedding: slice(1, 2)}
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The quantized parameters of a layer; `bias` is int32 on the accumulator's grid, float32 with several blocks."""
+    """The quantized parameters of a layer; `bias` is int32 on the accumulator's grid, float32 with several blocks.
+
+    `hidden` is an LSTM's second weight, which multiplies h; there `weight` multiplies x and `bias` is b_ih + b_hh.
+    """
 
     weight: QWeight
     bias: Tensor | None
+    hidden: QWeight | None = None
 
 
 @dataclass
 class Plan:
     """A fused network with everything that quantizing it needs.
 
-    `qparams` tells how the value of a node reads as codes, `layers` the quantized parameters of the layers, both by
-    node name; `accumulators` names the layers that hand over their float accumulator. The simulation and the int8
-    program are made from the same plan.
+    `ranges` holds the lowest and highest value of each activation that is rounded. `choose` derives from them and the
+    network's tensors how the value of a node reads as codes (`qparams`) and the quantized parameters of the layers
+    (`layers`), all by node name; `accumulators` names the layers that hand over their float accumulator. The simulation
+    and the int8 program are made from the same plan.
     """
 
     network: Network
     recipe: Recipe
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     qparams: dict[str, QParams] = field(default_factory=dict)
     layers: dict[str, LayerWeights] = field(default_factory=dict)
     accumulators: set[str] = field(default_factory=set)
@@ -67,6 +85,8 @@ class Plan:
         """Is the node's own value uint8 codes (and not float)?"""
         if node.target in INTEGER:
             return node.name not in self.accumulators
+        if is_cell_state(node, float_ops.lstm):
+            return False
         return is_move(node) and isinstance(node.args[0], fx.Node) and self.holds_codes(node.args[0])
 
     def nodes(self, *targets: Any) -> list[fx.Node]:
@@ -84,15 +104,35 @@ def calibrate(network: Network, recipe: Recipe, batches: list[list[Tensor]]) -> 
     plan = Plan(fuse(network, kept), recipe)
     refuse_float_macs(plan.network.graph, kept)
     _require_finite_constants(plan)
+    for node in plan.nodes(float_ops.attention):
+        check_attention(node)
     plan.accumulators = _accumulators(plan)
-    observed = _observed(plan)
-    ranges = _ranges(plan, observed, batches)
-    for node in plan.network.graph.nodes:
-        _choose(plan, node, ranges)
-    _share_with_cat(plan)
-    for node in plan.nodes(*LAYERS):
-        plan.layers[node.name] = _layer_weights(plan, node)
+    plan.ranges = _ranges(plan, _observed(plan), batches)
+    choose(plan)
+    check_sums(plan)
     return plan
+
+
+@torch.no_grad()
+def choose(plan: Plan) -> None:
+    """Every scale, zero point and code, from the ranges and the network's tensors as they are now.
+
+    Raises ValueError naming the layer whose parameters are not finite.
+    """
+    for node in plan.network.graph.nodes:
+        _choose(plan, node)
+    _share_with_cat(plan)
+    for node in plan.nodes(*PARAMETERS):
+        plan.layers[node.name] = _layer_weights(plan, node)
+
+
+def check_sums(plan: Plan) -> None:
+    """Raise ValueError naming the layer whose int32 sum could overflow."""
+    for node in plan.nodes(*LAYERS, float_ops.lstm):
+        layer, name = plan.layers[node.name], node.meta["layer"] or node.name
+        check_accumulator(name, layer.weight, layer.bias if layer.weight.scale.shape[1] == 1 else None)
+        if layer.hidden is not None:
+            check_accumulator(name, layer.hidden, None)
 
 
 def _require_finite_constants(plan: Plan) -> None:
@@ -100,7 +140,10 @@ def _require_finite_constants(plan: Plan) -> None:
     for node in plan.nodes(*INTEGER):
         for source in node.all_input_nodes:
             if source.op == "get_attr":
-                require_finite(f"layer {node.meta['layer']}: {source.target}", plan.network.tensors[source.target])
+                tensor = plan.network.tensors[source.target]
+                if node.target is float_ops.attention and source is node.args[3]:
+                    tensor = tensor.masked_fill(tensor == -math.inf, 0.0)  # a mask may hide
+                require_finite(f"layer {node.meta['layer']}: {source.target}", tensor)
 
 
 def constant_qparams(tensor: Tensor, recipe: Recipe) -> QParams:
@@ -123,12 +166,25 @@ def _observed(plan: Plan) -> set[str]:
         if node.target in INTEGER:
             if node.target is not float_ops.clamp and node.name not in plan.accumulators:
                 names.add(node.name)
-            names |= {
-                source.name
-                for source in node.all_input_nodes
-                if source.op != "get_attr" and not plan.holds_codes(source) and isinstance(source.meta["val"], Tensor)
-            }
+            names |= {source.name for source in _read_as_codes(node) if not plan.holds_codes(source)}
     return names
+
+
+def _read_as_codes(node: fx.Node) -> list[fx.Node]:
+    """The values that are read as codes of their own scale: tensors of floats, but no mask.
+
+    Of an LSTM only x: a given h takes the layer's own.
+    """
+    mask = node.args[3] if node.target is float_ops.attention else None
+    inputs = node.args[:1] if node.target is float_ops.lstm else node.all_input_nodes
+    values = [source for source in inputs if source.op != "get_attr" and source is not mask]
+    return [s for s in values if isinstance(s.meta["val"], Tensor) and s.meta["val"].is_floating_point()]
+
+
+def rounded_value(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Tensor:
+    """What the scale of a node's result must hold: the result itself, of an LSTM every h."""
+    result: Tensor = float_ops.hidden_states(value[0], args[5]) if node.target is float_ops.lstm else value
+    return result
 
 
 class _Watch(fx.Interpreter):
@@ -140,10 +196,11 @@ class _Watch(fx.Interpreter):
         self.tallies = tallies
 
     def run_node(self, n: fx.Node) -> Any:
+        args, _ = self.fetch_args_kwargs_from_env(n)
         value = super().run_node(n)
         if n.name in self.tallies:
             try:
-                self.tallies[n.name].update(value)
+                self.tallies[n.name].update(rounded_value(n, value, args))
             except ValueError as error:
                 raise ValueError(f"layer {n.meta.get('layer') or n.name}: {error}") from error
         return value
@@ -152,7 +209,8 @@ class _Watch(fx.Interpreter):
 def _ranges(plan: Plan, observed: set[str], batches: list[list[Tensor]]) -> dict[str, tuple[float, float]]:
     observer, scheme = plan.recipe.observer, plan.recipe.activation_scheme
     module = plan.network.module()
-    if not observer.defined_by_batches:
+    batch_first = all(spec["shape"][:1] == [None] for spec in plan.network.inputs)  # else dimension 0 may be time
+    if batch_first and not observer.defined_by_batches:
         batches = list(_rebatched(batches))
     extents: dict[str, Any] = {name: Extent() for name in observed}
     if observer.two_passes:
@@ -171,19 +229,26 @@ def _watch(module: fx.GraphModule, tallies: dict[str, Any], batches: list[list[T
 
 def _rebatched(batches: list[list[Tensor]]) -> Iterator[list[Tensor]]:
     """The same samples in batches of one size, so that the caller's batching cannot show in the ranges."""
+    together = joined(batches)
+    if together is None:
+        yield from batches
+    else:
+        yield from (list(leaves) for leaves in zip(*(leaf.split(REBATCHED) for leaf in together), strict=True))
+
+
+def joined(batches: list[list[Tensor]]) -> list[Tensor] | None:
+    """All samples as one batch; None where their shapes differ, or the tensors of a batch do not count the same."""
     samples = [{tuple(leaf.shape[:1]) for leaf in batch} for batch in batches]
     one_size = all([leaf.shape[1:] for leaf in batch] == [leaf.shape[1:] for leaf in batches[0]] for batch in batches)
     if not one_size or any(len(counts) != 1 or () in counts for counts in samples):
-        yield from batches
-        return
-    together = [torch.cat(leaves) for leaves in zip(*batches, strict=True)]
-    yield from (list(leaves) for leaves in zip(*(leaf.split(REBATCHED) for leaf in together), strict=True))
+        return None
+    return [torch.cat(leaves) for leaves in zip(*batches, strict=True)]
 
 
-def _choose(plan: Plan, node: fx.Node, ranges: dict[str, tuple[float, float]]) -> None:
+def _choose(plan: Plan, node: fx.Node) -> None:
     """The scale and zero point of one node's value, when it is read as codes."""
-    if node.name in ranges:
-        chosen = activation_qparams(*ranges[node.name], plan.recipe.activation_scheme)
+    if node.name in plan.ranges:
+        chosen = activation_qparams(*plan.ranges[node.name], plan.recipe.activation_scheme)
         plan.qparams[node.name] = chosen.narrowed(node.kwargs.get("low"), node.kwargs.get("high"))
     elif plan.holds_codes(node):
         source = plan.qparams[node.args[0].name]
@@ -208,24 +273,47 @@ def _only_read_here(plan: Plan, node: Any) -> list[fx.Node] | None:
     while node.op == "call_function" and len(node.users) == 1 and plan.holds_codes(node):
         chain.append(node)
         if node.target in INTEGER:
-            return None if node.target is float_ops.clamp else chain
+            return None if node.target is float_ops.clamp or _has_state(node) else chain
         node = node.args[0]
     return None
 
 
+def _has_state(node: fx.Node) -> bool:
+    """Does an LSTM start from a given h, which its readers' range need not hold?"""
+    return node.target is float_ops.lstm and node.args[5] is not None
+
+
+def float_parameters(plan: Plan, node: fx.Node) -> list[Any]:
+    """The float weights and biases of a layer, None for a bias that it lacks."""
+    sources = node.args[PARAMETERS[node.target]]
+    return [None if source is None else plan.network.tensors[source.target] for source in sources]
+
+
 def _layer_weights(plan: Plan, node: fx.Node) -> LayerWeights:
-    """Quantize the parameters of a layer for the scale of its input."""
-    recipe, tensors = plan.recipe, plan.network.tensors
-    source, weight_node, bias_node = node.args[:3]
-    weight = tensors[weight_node.target]
-    bias = None if bias_node is None else tensors[bias_node.target]
-    x_scale = plan.qparams[source.name].scale
-    one_block = recipe.granularity.block(weight.shape[1], recipe.group_size) == weight.shape[1]
+    """Quantize the parameters of a layer for the scale of its input (and of an LSTM's h)."""
+    weight, *others = float_parameters(plan, node)
+    if node.target is float_ops.embedding:
+        return LayerWeights(_weight(plan, node, weight), None)
+    x_scale = plan.qparams[node.args[0].name].scale
+    if node.target is not float_ops.lstm:
+        return _quantized(plan, node, weight, others[0], x_scale)
+    weight_hh, *biases = others
+    hidden = _quantized(plan, node, weight_hh, None, plan.qparams[node.name].scale).weight
+    return dataclasses.replace(_quantized(plan, node, weight, lstm_bias(*biases), x_scale), hidden=hidden)
+
+
+def _quantized(plan: Plan, node: fx.Node, weight: Tensor, bias: Tensor | None, x_scale: float) -> LayerWeights:
+    one_block = plan.recipe.granularity.block(weight.shape[1], plan.recipe.group_size) == weight.shape[1]
+    quantized = _weight(plan, node, weight, bias_floor(bias, x_scale) if bias is not None and one_block else None)
+    if bias is not None and one_block:
+        bias = quantize_bias(bias, x_scale, quantized.scale)
+    return LayerWeights(quantized, bias)
+
+
+def _weight(plan: Plan, node: fx.Node, weight: Tensor, smallest_scale: Tensor | None = None) -> QWeight:
+    """Quantize a weight. Raises ValueError that names the layer."""
+    recipe = plan.recipe
     try:
-        floor = bias_floor(bias, x_scale) if bias is not None and one_block else None
-        quantized = quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size, floor)
+        return quantize_weight(weight, recipe.granularity, recipe.scheme, recipe.group_size, smallest_scale)
     except ValueError as error:
         raise ValueError(f"layer {node.meta['layer'] or node.name}: {error}") from error
-    on_grid = quantize_bias(bias, x_scale, quantized.scale) if bias is not None and one_block else None
-    check_accumulator(node.meta["layer"] or node.name, quantized, on_grid)
-    return LayerWeights(quantized, on_grid if one_block else bias)

@@ -6,6 +6,8 @@ import copy
 import inspect
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from qbench.lengths import STANDS_FOR, any_length
 from qbench.normalize import normalize
 from qbench.structure import Structure, describe
 
@@ -45,9 +48,9 @@ def _module(network: Network) -> fx.GraphModule:
     return fx.GraphModule(root, network.graph)
 
 
-def attach(tensors: dict[str, Tensor]) -> nn.Module:
-    """A module tree that holds each tensor under its dotted name, as buffers."""
-    root = nn.Module()
+def attach(tensors: dict[str, Tensor], root: nn.Module | None = None) -> nn.Module:
+    """A module tree (below `root`) that holds each tensor under its dotted name, as a buffer; a parameter stays one."""
+    root = nn.Module() if root is None else root
     for name, tensor in tensors.items():
         *path, leaf = name.split(".")
         module = root
@@ -55,7 +58,10 @@ def attach(tensors: dict[str, Tensor]) -> nn.Module:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
-        module.register_buffer(leaf, tensor)
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(leaf, tensor)
+        else:
+            module.register_buffer(leaf, tensor)
     return root
 
 
@@ -78,7 +84,13 @@ def _trace(model: nn.Module, example: tuple[Any, ...], leaves: list[Tensor], dyn
         example = pytree.tree_map(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example)
     frozen = copy.deepcopy(model).eval()
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _quiet("torch._dynamo", "torch.export", "torch.fx"):
+        with (
+            any_length(model),
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            _quiet("torch._dynamo", "torch.export", "torch.fx"),
+            _without_fast_path(),
+        ):
             warnings.simplefilter("ignore")  # torch.export warns about its own internals
             shapes = _any_batch(model, example) if dynamic_shapes is None else dynamic_shapes
             exported = torch.export.export(frozen, example, dynamic_shapes=shapes).run_decompositions({})
@@ -98,6 +110,17 @@ def _any_batch(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Any]:
         name: pytree.tree_map(lambda t: {0: torch.export.Dim.DYNAMIC} if t.dim() else {}, value)
         for name, value in by_parameter.items()
     }
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Transformer modules say each product: their fused kernel of evaluation mode would hide them."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _quiet:
@@ -131,6 +154,7 @@ def _unlift(exported: torch.export.ExportedProgram, leaves: list[Tensor]) -> Net
             values[node] = graph.get_attr(spec.target)
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])
+            values[node].target = STANDS_FOR.get(node.target, node.target)
         values[node].meta = {"val": node.meta.get("val"), "layer": _layer(node)}
     results = pytree.tree_unflatten(
         list(range(len(exported.graph_signature.output_specs))), exported.call_spec.out_spec

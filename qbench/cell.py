@@ -84,8 +84,7 @@ def _time(cell: Cell, folder: Path, index: int, results: Path, say: Say) -> dict
 
 def _timed(cell: Cell) -> Measure:
     """The settings of timing: a glance where the latency is no result."""
-    counts = cell.is_baseline or cell.recipe.backend.latency_is_result
-    return cell.measure if counts else cell.measure.glance()
+    return cell.measure if cell.recipe.latency_is_result else cell.measure.glance()
 
 
 def _weigh(cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def _record(cell: Cell, found: Mapping[str, Any], folder: Path, started: datetim
         "command": cell.command,
         "log": cell.prepared.log or str(folder / LOG),
         "artifacts": [name for name in _files(folder) if name != PROGRAM],
-        "latency_is_result": backend.latency_is_result,
+        "latency_is_result": cell.recipe.latency_is_result,
         "recipe": cell.recipe.canonical(),
         "measure": dataclasses.asdict(cell.measure),
         "metric": cell.prepared.metric,

@@ -71,10 +71,12 @@ def _check_values(call: str, full: dict[str, Any], tensors: dict[str, Tensor]) -
         raise ValueError(f"{call}: q_min is above q_max")
     if "weight" in held:
         _check_weight(call, held)
+    if "weight_ih" in held:
+        _check_lstm(call, held)
     if "table" in held and (held["table"].dtype != torch.uint8 or list(held["table"].shape) != [256]):
         raise ValueError(f"{call}: the table must be 256 uint8")
-    if "gamma" in held and not all(_is_vector(held[name], held["gamma"].numel()) for name in ("gamma", "beta")):
-        raise ValueError(f"{call}: gamma and beta must be float32 of one length")
+    if "gamma" in held and not all(_is_like(held[name], held["gamma"].shape) for name in ("gamma", "beta")):
+        raise ValueError(f"{call}: gamma and beta must be float32 of one shape")
 
 
 def _is_scale(value: float | None) -> bool:
@@ -89,23 +91,26 @@ def _within(low: int) -> Callable[[list[int]], bool]:
     return lambda values: all(low <= value < LARGEST_WINDOW for value in values)
 
 
+READ = ("x", "a", "b", "residual", "q", "k", "v")  # what has a scale and a zero point of its own
 RULES: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("scale", "x_scale", "a_scale", "b_scale", "residual_scale"), _is_scale),
-    **dict.fromkeys(("zero_point", "x_zero_point", "a_zero_point", "b_zero_point", "residual_zero_point"), _is_code),
+    **dict.fromkeys((*(f"{name}_scale" for name in READ), "scale"), _is_scale),
+    **dict.fromkeys((*(f"{name}_zero_point" for name in READ), "zero_point"), _is_code),
     **dict.fromkeys(("q_min", "q_max"), _is_code),
     **dict.fromkeys(("stride", "dilation", "kernel", "size"), _within(1)),
     **dict.fromkeys(("padding", "output_padding"), _within(0)),
-    "alpha": lambda value: abs(value) <= LARGEST_SCALE,
+    **dict.fromkeys(("alpha", "factor"), lambda value: abs(value) <= LARGEST_SCALE),
+    "eps": lambda value: value >= 0,
     "rows": lambda value: value in ("per_row", "per_tensor"),
     "scheme": lambda value: value in ("symmetric", "affine"),
     "groups": lambda value: 1 <= value < 2**31,
-    "block": lambda value: 1 <= value < 2**31,
+    **dict.fromkeys(("block", "weight_ih_block", "weight_hh_block"), lambda value: 1 <= value < 2**31),
     "divisor": lambda value: value is None or 1 <= value < 2**31,
 }
 
 
-def _is_vector(value: Any, length: int) -> bool:
-    return value.dtype == torch.float32 and list(value.shape) == [length] and bool(torch.isfinite(value).all())
+def _is_like(value: Any, shape: Any) -> bool:
+    fits = value.dtype == torch.float32 and value.shape == shape and value.dim() and value.numel()
+    return bool(fits and torch.isfinite(value).all())
 
 
 def _check_weight(call: str, held: dict[str, Any]) -> None:
@@ -122,14 +127,26 @@ def _check_weight(call: str, held: dict[str, Any]) -> None:
     if zero_point is not None and (zero_point.dtype != torch.int8 or zero_point.shape != scale.shape):
         raise ValueError(f"{call}: the weight zero points must be int8, one for each scale")
     _check_window(call, held, weight)
-    bias = held["bias"]
+    bias = held.get("bias")
     if bias is not None and not (list(bias.shape) == [outputs] and bias.dtype in (torch.int32, torch.float32)):
         raise ValueError(f"{call}: the bias must be int32 or float32, one for each output")
     on_grid = bias is not None and bias.dtype == torch.int32
     if on_grid and ("x_scale" not in held or scale.shape[1] != 1):
         raise ValueError(f"{call}: an int32 bias goes with a static layer of one block")
     zeros = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
-    check_accumulator(call, QWeight(weight, scale, zeros, block), bias if on_grid else None)
+    if "embedding" not in call:  # which has no sums
+        check_accumulator(call, QWeight(weight, scale, zeros, block), bias if on_grid else None)
+
+
+def _check_lstm(call: str, held: dict[str, Any]) -> None:
+    """Two weights, [4 hidden, inputs] and [4 hidden, hidden]; the bias belongs to the sum of the first."""
+    outer = {name: held[name] for name in ("x_scale",) if name in held}
+    for name, bias in (("weight_ih", held["bias"]), ("weight_hh", None)):
+        parts = {f"weight{part}": held[f"{name}{part}"] for part in ("", "_scale", "_zero_point")}
+        _check_weight(f"{call} {name}", {**outer, **parts, "block": held[f"{name}_block"], "bias": bias})
+    gates, hidden = held["weight_hh"].shape
+    if gates != 4 * hidden or held["weight_ih"].shape[0] != gates:
+        raise ValueError(f"{call}: an LSTM's weights are [4 hidden, inputs] and [4 hidden, hidden]")
 
 
 def _check_window(call: str, held: dict[str, Any], weight: Tensor) -> None:

@@ -165,7 +165,11 @@ def slow_reason(record: Record) -> str | None:
         return None
     if is_baseline(record):
         return "eager; compiled fp32 is the baseline"
+    if "bf16_emulated" in record.notes:
+        return "no bfloat16 instructions on this CPU: torch converts around every operation"
     share = record.metrics.get("int8_mac_fraction", 1.0)
+    if share == 0 and record.granularity is None:
+        return "bfloat16 halves the bytes of the weights, not the arithmetic of small layers"
     if share == 0:
         batch = slow[0].removeprefix("speedup_b")
         where = "compute-bound" if slow == ["speedup"] else f"compute-bound at batch {batch}"

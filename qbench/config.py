@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from qbench.recipe import Recipe
 
 # Fields of a recipe that are plain values, beside its axes (one configuration group each).
-RECIPE_VALUES = ("group_size", "keep_float")
-# What says how to run, not what is asked.
-RUN_VALUES = ("results", "force", "dry_run")
+RECIPE_VALUES = ("group_size", "keep_float", "calibration_samples", "calibration_seed")
+# What says how to run and what to show, not what is asked; the same for all cells of a command line.
+RUN_VALUES = ("results", "force", "dry_run", "cells", "page")
 
 
 class UsageError(ValueError):

@@ -1,4 +1,4 @@
-"""From a plan to an int8 program: one rule for each node of the fused network (ptsq)."""
+"""From a plan to an int8 program: one rule for each node of the fused network (ptsq, qat)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops
+from qbench.arguments import WINDOW, lstm_arguments, rows_arguments, weight_arguments
 from qbench.calibrate import Plan, constant_qparams
-from qbench.fusion import is_move
+from qbench.fusion import REORDERINGS, is_move
 from qbench.numerics import QParams, quantize
 from qbench.program import Program
 
 aten = torch.ops.aten
 int8 = torch.ops.qbench
-
-WINDOW = ("stride", "padding", "dilation", "groups", "output_padding")  # as many of them as the layer has
 
 
 def static_program(plan: Plan) -> Program:
@@ -41,7 +40,7 @@ class _Writer:
         self.graph = fx.Graph()
         self.tensors: dict[str, Tensor] = {}
         self.values: dict[fx.Node, fx.Node] = {}  # a node's value as it is
-        self.codes: dict[fx.Node, fx.Node] = {}  # the same as codes, once quantized
+        self.codes: dict[tuple[fx.Node, QParams], fx.Node] = {}  # the same as codes, once quantized
         self.floats: dict[fx.Node, fx.Node] = {}  # the same as float, once dequantized
 
     def write(self) -> Program:
@@ -105,10 +104,17 @@ class _Writer:
         """The value as codes: quantized once where it is float."""
         if self.plan.holds_codes(node):
             return self.values[node]
-        if node not in self.codes:
-            q = asdict(self.plan.qparams[node.name])
-            self.codes[node] = self.graph.call_function(int8.quantize.default, (self.values[node],), q)
-        return self.codes[node]
+        return self.quantized(node, self.plan.qparams[node.name])
+
+    def quantized(self, node: fx.Node, q: QParams) -> fx.Node:
+        """A float value as codes of q, made before what only puts its elements in another order."""
+        if (node, q) not in self.codes:
+            if node.target in REORDERINGS:
+                args = (self.quantized(node.args[0], q), *node.args[1:])
+                self.codes[node, q] = self.graph.call_function(node.target, args)
+            else:
+                self.codes[node, q] = self.graph.call_function(int8.quantize.default, (self.as_float(node),), asdict(q))
+        return self.codes[node, q]
 
     def as_float(self, node: fx.Node) -> fx.Node:
         """The value as float: dequantized once where it is codes."""
@@ -161,18 +167,32 @@ def _layer(writer: _Writer, node: fx.Node) -> fx.Node:
     return writer.call(node, getattr(int8, node.target.__name__).default, args, **kwargs)
 
 
-def weight_arguments(
-    hold: Callable[[str, Tensor], Any], prefix: str, weight: Any, bias: Tensor | None
-) -> dict[str, Any]:
-    """The arguments of an operation that hold a quantized weight; a zero point that is zero everywhere is left out."""
-    zero_point = hold(f"{prefix}.weight_zero_point", weight.zero_point) if bool(weight.zero_point.any()) else None
-    return {
-        "weight": hold(f"{prefix}.weight", weight.values),
-        "weight_scale": hold(f"{prefix}.weight_scale", weight.scale),
-        "weight_zero_point": zero_point,
-        "bias": None if bias is None else hold(f"{prefix}.bias", bias),
-        "block": weight.block,
-    }
+def _lstm(writer: _Writer, node: fx.Node) -> fx.Node:
+    """A given h becomes codes of the layer's own h; a state that is absent is zero."""
+    source, (h, c) = node.args[0], node.args[5:7]
+    x, q = writer.operand(source)
+    layer = writer.plan.layers[node.name]
+    assert layer.hidden is not None
+    kwargs = lstm_arguments(writer.hold, node.meta["layer"], layer.weight, layer.hidden, layer.bias)
+    kwargs |= {"x_scale": q.scale, "x_zero_point": q.zero_point, **writer.result(node)}
+    state = None if h is None else _as_codes_of(writer, h, writer.plan.qparams[node.name])
+    states = (state, None if c is None else writer.as_float(c))
+    return writer.call(node, int8.lstm.default, (x, *states) if any(states) else (x,), **kwargs)
+
+
+def _as_codes_of(writer: _Writer, node: fx.Node, y: QParams) -> fx.Node:
+    """A value as codes of a given scale and zero point: quantized, or rescaled where it has others."""
+    if not writer.plan.holds_codes(node):
+        return writer.quantized(node, y)
+    return _rescaled(writer, writer.values[node], writer.plan.qparams[node.name], y)
+
+
+def _rescaled(writer: _Writer, codes: fx.Node, q: QParams, y: QParams) -> fx.Node:
+    """Codes of q as codes of y."""
+    if (q.scale, q.zero_point) == (y.scale, y.zero_point):
+        return codes
+    read = {"x_scale": q.scale, "x_zero_point": q.zero_point}
+    return writer.graph.call_function(int8.rescale.default, (codes,), read | asdict(y))
 
 
 def _add(writer: _Writer, node: fx.Node) -> fx.Node:
@@ -218,13 +238,7 @@ def _channel_affine(writer: _Writer, node: fx.Node) -> fx.Node:
 def _cat(writer: _Writer, node: fx.Node) -> fx.Node:
     """Codes of another scale or zero point are rescaled first."""
     y = writer.plan.qparams[node.name]
-    parts = []
-    for source in node.args[0]:
-        codes, q = writer.operand(source)
-        if (q.scale, q.zero_point) != (y.scale, y.zero_point):
-            read = {"x_scale": q.scale, "x_zero_point": q.zero_point}
-            codes = writer.graph.call_function(int8.rescale.default, (codes,), read | asdict(y))
-        parts.append(codes)
+    parts = [_rescaled(writer, *writer.operand(source), y) for source in node.args[0]]
     return writer.call(node, aten.cat.default, (parts, node.args[1]))
 
 
@@ -242,6 +256,38 @@ def _unary(writer: _Writer, node: fx.Node) -> fx.Node:
     return writer.call(node, int8.table.default, (x,), table=writer.hold(f"{node.name}.table", entries))
 
 
+def _embedding(writer: _Writer, node: fx.Node) -> fx.Node:
+    held = rows_arguments(writer.hold, node.meta["layer"] or node.name, writer.plan.layers[node.name].weight)
+    return writer.call(node, int8.embedding.default, (writer.as_is(node.args[0]),), **held, **writer.result(node))
+
+
+def _attention(writer: _Writer, node: fx.Node) -> fx.Node:
+    *sources, mask, causal, factor = node.args
+    activations: list[fx.Node] = []
+    scales: dict[str, Any] = {}
+    for name, source in zip("qkv", sources, strict=True):
+        codes, q = writer.operand(source)
+        activations.append(codes)
+        scales |= {f"{name}_scale": q.scale, f"{name}_zero_point": q.zero_point}
+    if mask is not None:
+        activations.append(writer.as_float(mask))
+    options = {"factor": factor, "causal": causal}
+    return writer.call(node, int8.attention.default, tuple(activations), **options, **scales, **writer.result(node))
+
+
+def _layer_norm(writer: _Writer, node: fx.Node) -> fx.Node:
+    """gamma / s_y and beta / s_y, float32, where a norm without them has ones and zeros."""
+    source, shape, *affine, eps = node.args
+    x, q = writer.operand(source)
+    y = writer.plan.qparams[node.name]
+    held = {}
+    for name, parameter, default in zip(("gamma", "beta"), affine, (1.0, 0.0), strict=True):
+        given = writer.plan.network.tensors[parameter.target] if parameter else torch.full(tuple(shape), default)
+        held[name] = writer.hold(f"{node.meta['layer'] or node.name}.{name}", (given.double() / y.scale).float())
+    read = {"x_scale": q.scale, "x_zero_point": q.zero_point}
+    return writer.call(node, int8.layer_norm.default, (x,), **read, **held, eps=float(eps), **writer.result(node))
+
+
 RULES: dict[Any, Callable[[_Writer, fx.Node], fx.Node]] = {
     float_ops.linear: _layer,
     float_ops.conv: _layer,
@@ -257,4 +303,8 @@ RULES: dict[Any, Callable[[_Writer, fx.Node], fx.Node]] = {
     float_ops.cat: _cat,
     float_ops.clamp: _clamp,
     float_ops.unary: _unary,
+    float_ops.lstm: _lstm,
+    float_ops.embedding: _embedding,
+    float_ops.attention: _attention,
+    float_ops.layer_norm: _layer_norm,
 }

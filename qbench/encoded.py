@@ -16,11 +16,12 @@ from qbench.checked import check_call
 NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,300}")
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+){0,50}")
 DTYPES = ("float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
-CAST_DTYPES = (*DTYPES, "float16", "bfloat16")  # what a call may convert to
+TENSOR_DTYPES = (*DTYPES, "bfloat16")  # of a file's tensors; inputs are DTYPES
+CAST_DTYPES = (*TENSOR_DTYPES, "float16")  # what a call may convert to
 SIZE_OPERATORS = {
     f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
 }
-# aten calls that torch tags neither core nor pointwise, all of which check their arguments
+# aten calls that torch tags neither core nor pointwise, all of which check their arguments (an lstm's: program.py)
 FURTHER_CALLS = {
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool1d", "batch_norm", "channel_shuffle", "chunk", "conv1d",
     "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "flatten", "group_norm", "instance_norm", "layer_norm",
@@ -30,12 +31,12 @@ FURTHER_CALLS = {
     "scaled_dot_product_attention", "adaptive_max_pool1d", "einsum", "expand_as", "glu", "linalg_vector_norm",
     "max_pool3d", "movedim", "pixel_shuffle", "prelu", "rms_norm", "split", "squeeze", "std", "sum", "swapaxes", "tile",
     "to", "type_as", "upsample_bicubic2d", "view_as", "where", "arange", "im2col", "linspace", "new_full", "new_ones",
-    "new_zeros", "ones", "ones_like", "rot90", "tril", "triu", "zeros", "zeros_like",
+    "new_zeros", "ones", "ones_like", "rot90", "tril", "triu", "zeros", "zeros_like", "lstm",
 }  # fmt: skip
 # core, but they trust indices or lengths among their arguments, or leave memory as it was
 REFUSED_CALLS = {
     "as_strided", "from_file", "empty", "empty_strided", "resize", "_embedding_bag", "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
+    "_native_batch_norm_legit_no_training", "lstm.data",
 }  # fmt: skip
 
 
@@ -92,7 +93,11 @@ def find_target(name: str) -> Any:
         raise ValueError(f"unknown operation {name!r}")
     assert match is not None
     safe = {torch.Tag.core, torch.Tag.pointwise} & set(target.tags) or match[2] in FURTHER_CALLS
-    refused = match[2] in REFUSED_CALLS or match[2].endswith("_backward") or target._schema.is_mutable
+    refused = (
+        {match[2], f"{match[2]}.{match[3]}"} & REFUSED_CALLS
+        or match[2].endswith("_backward")
+        or target._schema.is_mutable
+    )
     if match[1] == "aten" and (not safe or refused):
         raise ValueError(f"operation {name!r} is not one that a saved program may call")
     return target

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,20 @@ from torch import Tensor, nn
 
 from qbench import metrics
 from qbench.artifacts import write_artifacts
-from qbench.capture import capture
-from qbench.config import instantiate
-from qbench.identity import sha256_of
+from qbench.bfloat16 import is_emulated
+from qbench.capture import Network, capture
+from qbench.config import RECIPE_VALUES, instantiate
+from qbench.distillation import Distillation
+from qbench.figures import loss_figure
 from qbench.measure import Measure
 from qbench.model import QuantizedModel
-from qbench.quantization import quantize_network
+from qbench.ops import WEIGHTS
+from qbench.quantization import checked_batches, quantize_network
 from qbench.recipe import AXES, Recipe
 from qbench.record import write_atomic
 from qbench.saved import dump, load
-from qbench.sources import closure, modules_of_targets
 from qbench.task import Examples, Task
+from qbench.weights import final_weights, task_folder, task_of, tensors_sha256
 
 Say = Callable[[str], None]
 
@@ -44,9 +45,9 @@ def prepare(task_config: dict[str, Any], cache: str, say: Say) -> dict[str, Any]
     Returns what identifies it: name, family, metric, weights_sha256, data_sha256, folder. Raises ValueError for a
     damaged cache and TaskUnavailable when the task cannot be had here.
     """
-    task, folder = _task(task_config, Path(cache), say), _folder(task_config, Path(cache))
+    task, folder = task_of(task_config, Path(cache), say), task_folder(task_config, Path(cache))
     examples = task.evaluation()
-    model = _weights(task, folder, say)
+    model = final_weights(task, folder, say)
     judge = None if task.judge is None else task.judge()
     identity = {
         "weights_sha256": tensors_sha256(model.state_dict().items()),
@@ -64,36 +65,14 @@ def prepare(task_config: dict[str, Any], cache: str, say: Say) -> dict[str, Any]
 def fp32_model(task_config: dict[str, Any], prepared: dict[str, Any]) -> nn.Module:
     """The task's float network with its final weights, in evaluation mode."""
     folder = Path(prepared["folder"])
-    return _weights(_task(task_config, folder.parent), folder)
+    return final_weights(task_of(task_config, folder.parent), folder)
 
 
 def example_batch(task_config: dict[str, Any], prepared: dict[str, Any], batch: int) -> tuple[Tensor, ...]:
     """Input tensors of `batch` calibration examples, repeated when there are fewer."""
-    task = _task(task_config, Path(prepared["folder"]).parent)
+    task = task_of(task_config, Path(prepared["folder"]).parent)
     together = [torch.cat(leaves) for leaves in zip(*_calibration(task), strict=True)]
     return tuple(leaf.repeat(-(-batch // len(leaf)), *[1] * (leaf.dim() - 1))[:batch].contiguous() for leaf in together)
-
-
-def _task(task_config: dict[str, Any], cache: Path, say: Say | None = None) -> Task:
-    """The task of a configuration; one with a `source` is given a function that returns that task's trained network.
-
-    With `say` that network is trained, where it was not yet.
-    """
-    match task_config:
-        case {"source": {"_target_": _} as source, **own}:
-
-            @functools.cache
-            def network() -> nn.Module:
-                return _weights(_task(source, cache, say), _folder(source, cache), say)
-
-            task: Task = instantiate(own, source=network)
-        case _:
-            task = instantiate(task_config)
-    return task
-
-
-def _folder(task_config: dict[str, Any], cache: Path) -> Path:
-    return cache / sha256_of([task_config, _task_sources(task_config)])
 
 
 def _calibration(task: Task) -> list[tuple[Tensor, ...]]:
@@ -101,51 +80,6 @@ def _calibration(task: Task) -> list[tuple[Tensor, ...]]:
     if not batches:
         raise ValueError(f"task {task.name} has no calibration data: return a list of input tuples from calibration()")
     return batches
-
-
-def _task_sources(task_config: dict[str, Any]) -> dict[str, str]:
-    """The content of the files that the task's weights and data come from: the task's own, not the engine's."""
-    files = closure(modules_of_targets(task_config))
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if _is_task(name)}
-
-
-def _is_task(module: str) -> bool:
-    return module.split(".")[0] != "qbench"
-
-
-def _weights(task: Task, folder: Path, say: Say | None = None) -> nn.Module:
-    """The network with its final weights; trained and stored when `say` is given and there is no checkpoint."""
-    model = task.build()
-    checkpoint = folder / "weights.safetensors"
-    if task.train is not None and not checkpoint.exists():
-        if say is None:
-            raise ValueError(f"{checkpoint} is missing; run the sweep again to train {task.name}")
-        say(f"{task.name}: training, once")
-        started = time.monotonic()
-        task.train(model, say)
-        say(f"{task.name}: trained in {time.monotonic() - started:.0f} s")
-        data = save_tensors({name: t.contiguous() for name, t in model.state_dict().items()})
-        write_atomic(folder / "weights.sha256", hashlib.sha256(data).hexdigest() + "\n")
-        write_atomic(checkpoint, data)  # last: killed before this line, the next run trains again
-    if task.train is not None:
-        try:
-            model.load_state_dict(_read_checked(checkpoint, folder / "weights.sha256"))
-        except RuntimeError as error:  # torch's word for other names and shapes, on many lines
-            raise ValueError(
-                f"{checkpoint} is of another network; delete the folder {folder} to make it again"
-            ) from error
-    return model.eval().requires_grad_(False)
-
-
-def _read_checked(path: Path, digest: Path) -> dict[str, Tensor]:
-    """The tensors of a cache file whose hash stands beside it. Raises ValueError naming the folder to delete."""
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest.read_text().strip():
-            raise ValueError("its content does not match its sha256")
-        return load_tensors(data)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete the folder {path.parent} to make it again") from error
 
 
 def _stored_identity(folder: Path) -> dict[str, str] | None:
@@ -166,19 +100,12 @@ def _data(task: Task, examples: Examples, judge: nn.Module | None) -> Iterator[t
     """Everything that calibrates and judges, by name."""
     for number, batch in enumerate(task.calibration()):
         yield from ((f"calibration {number} {i}", leaf) for i, leaf in enumerate(batch))
+    for number, batch in enumerate(task.fine_tuning() if task.fine_tuning else ()):
+        yield from ((f"fine-tuning {number} {i}", leaf) for i, leaf in enumerate(batch))
     yield from ((f"input {i}", leaf) for i, leaf in enumerate(examples.inputs))
     yield from ((name, t) for name, t in (("targets", examples.targets), ("units", examples.units)) if t is not None)
     if judge is not None:
         yield from ((f"judge {name}", tensor) for name, tensor in judge.state_dict().items())
-
-
-def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
-    """One hash over names, shapes, dtypes and contents."""
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
 
 
 # --- the cell --------------------------------------------------------------------------------------------------------
@@ -196,15 +123,16 @@ def evaluate(
 
     Returns metrics, granularity_effective, notes and details for the record.
     """
-    task = _task(task_config, Path(prepared["folder"]).parent)
+    task = task_of(task_config, Path(prepared["folder"]).parent)
     recipe = _recipe(recipe_config)
     measure = Measure.of(measure_config)
     say("quantizing")
     model = fp32_model(task_config, prepared)
     calibration = _calibration(task)
     network = capture(model, calibration[0])
+    trainer = _trainer(task, network, recipe, calibration, say)
     started = time.monotonic()
-    quantized = quantize_network(network, recipe, calibration if recipe.method.needs_calibration else None)
+    quantized = quantize_network(network, recipe, _examples_to_draw(task, recipe, calibration), fine_tune=trainer)
     quantize_s = time.monotonic() - started
     path = Path(folder) / "model.qb"
     quantized.save(path)
@@ -218,17 +146,49 @@ def evaluate(
     if saved.macs.int8_fraction is not None:
         found["metrics"]["int8_mac_fraction"] = saved.macs.int8_fraction
     write_artifacts(Path(folder), Path(prepared["folder"]), network, recipe, saved, calibration, measure, say)
+    if trainer is not None:
+        found["details"] |= {"fine_tuning": trainer.summary}
+        if measure.figures:
+            loss_figure(trainer.losses, trainer.frozen_at, Path(folder) / "fine_tuning.png")
     return {
         **found,
         "granularity_effective": granularity_effective(saved) if recipe.applies("granularity") else None,
-        "notes": found["notes"] + (["batch_dependent"] if _batch_dependent(recipe) else []),
+        "notes": [
+            *found["notes"],
+            *(["batch_dependent"] if _batch_dependent(recipe) else []),
+            *(["bf16_emulated"] if is_emulated(saved.program) else []),
+        ],
         "details": {**found["details"], "float_ops": saved.float_ops},
     }
 
 
+def _trainer(
+    task: Task, network: Network, recipe: Recipe, calibration: list[tuple[Tensor, ...]], say: Say
+) -> Distillation | None:
+    """What fine-tunes, for a method that trains."""
+    if not recipe.method.trains:
+        return None
+    inputs = calibration if task.fine_tuning is None else task.fine_tuning()
+    trainer: Distillation = recipe.method.trainer(network, checked_batches(network, "fine-tuning", inputs), say)
+    return trainer
+
+
 def _recipe(config: dict[str, Any]) -> Recipe:
     axes = {axis: instantiate(config[axis]) for axis in AXES}
-    return Recipe(**axes, group_size=config["group_size"], keep_float=tuple(config["keep_float"]))
+    return Recipe(**axes, **{name: config[name] for name in RECIPE_VALUES})
+
+
+def _examples_to_draw(task: Task, recipe: Recipe, own: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]] | None:
+    """What calibration draws from: the task's own examples, or for a draw at random its training examples.
+
+    These come in batches of the same size. Neither holds an evaluation example.
+    """
+    if not recipe.method.needs_calibration:
+        return None
+    if recipe.calibration_seed is None or task.fine_tuning is None:
+        return own
+    together = [torch.cat(leaves) for leaves in zip(*task.fine_tuning(), strict=True)]
+    return list(zip(*(leaf.split(len(own[0][0])) for leaf in together), strict=True))
 
 
 def _batch_dependent(recipe: Recipe) -> bool:
@@ -274,9 +234,9 @@ def granularity_effective(model: QuantizedModel) -> str:
     """What the layers' scales really are: `per_group`, or `per_group 15, per_channel 38` where layers are too small."""
     counts: dict[str, int] = {}
     for node in model.program.graph.nodes:
-        if "weight_scale" in node.kwargs:
-            rows, blocks = model.program.tensors[node.kwargs["weight_scale"].target].shape
-            outputs = model.program.tensors[node.kwargs["weight"].target].shape[0]
+        for name in set(WEIGHTS) & set(node.kwargs):
+            rows, blocks = model.program.tensors[node.kwargs[f"{name}_scale"].target].shape
+            outputs = model.program.tensors[node.kwargs[name].target].shape[0]
             kind = "per_group" if blocks > 1 else "per_tensor" if rows == 1 and outputs > 1 else "per_channel"
             counts[kind] = counts.get(kind, 0) + 1
     if len(counts) == 1:

@@ -167,3 +167,17 @@ def _channel_ranges(axes: Sequence[Axes], weight: Tensor, granularity: Granulari
         f"{granularity.name}: {scales} scale{'s' * (scales > 1)}; {_sqnr(weight, quantized.dequantize() - weight)}",
         fontsize=10,
     )
+
+
+def loss_figure(losses: Sequence[float], frozen_at: int, path: Path) -> None:
+    """The loss of each step of fine-tuning; `frozen_at` is the first step with frozen ranges of the activations."""
+    figure = new_figure(7, 4)
+    ax = figure.subplots()
+    ax.plot(range(1, len(losses) + 1), losses, color=BLUE, marker=".", label="loss")
+    ax.axvline(frozen_at + 0.5, color=GREY, linestyle="--", label="ranges frozen from here")
+    ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.set_ylabel("relative squared error of the results")
+    ax.set_title("Fine-tuning with fake quantization, towards fp32", fontsize=10)
+    ax.legend(fontsize=9)
+    save(figure, path)

@@ -75,6 +75,31 @@ def conv_transpose(
     return bounded(y if residual is None else y + residual, low, high)
 
 
+def lstm(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer of an LSTM in one direction: h of every step [T, N, hidden], the last h and the last c [1, N, hidden].
+
+    x [T, N, inputs], weights [4 hidden, inputs] and [4 hidden, hidden]; a state that is None is zero.
+    """
+    zeros = x.new_zeros(1, x.shape[1], weight_hh.shape[1])
+    states = [zeros if state is None else state for state in (h0, c0)]
+    weights = [weight for weight in (weight_ih, weight_hh, bias_ih, bias_hh) if weight is not None]
+    y, h, c = aten.lstm.input(x, states, weights, bias_ih is not None, 1, 0.0, False, False, False)
+    return y, h, c
+
+
+def hidden_states(y: Tensor, h0: Tensor | None) -> Tensor:
+    """Every h that a layer of an LSTM multiplies or hands on: what one scale and zero point must hold."""
+    return y if h0 is None else torch.cat([h0, y])
+
+
 def add(a: Tensor, b: Tensor, alpha: float = 1.0, low: Bound = None, high: Bound = None) -> Tensor:
     """a + alpha * b, broadcast."""
     return bounded(torch.add(a, b if alpha == 1 else b * alpha), low, high)
@@ -131,6 +156,21 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 def clamp(x: Tensor, low: Bound = None, high: Bound = None) -> Tensor:
     """A clamp that no other node could take."""
     return bounded(x, low, high)
+
+
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer normalization over the last dimensions, those of `shape`."""
+    return torch.nn.functional.layer_norm(x, list(shape), weight, bias, eps)
+
+
+def embedding(indices: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight [rows, features] by integer index [...]: [..., features]."""
+    return torch.nn.functional.embedding(indices, weight)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, factor: float) -> Tensor:
+    """softmax(factor * q k^T + mask) v of q [..., L, D], k [..., S, D], v [..., S, Dv]; a row hidden whole gives 0."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=factor)
 
 
 def unary(x: Tensor, function: Callable[..., Tensor], arguments: Sequence[Any], options: dict[str, Any]) -> Tensor:

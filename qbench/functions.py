@@ -38,6 +38,16 @@ def tanh(x: Tensor) -> Tensor:
     return 1.0 - 2.0 / (1.0 + exp(2.0 * x))
 
 
+def shifted_exp(scores: Tensor) -> Tensor:
+    """exp(score - max) along the last axis, 0 where a score is -inf: softmax is this over its sum.
+
+    The sum is at least 1, except in a row of -inf only, where everything is 0.
+    """
+    largest = scores.detach().amax(-1, keepdim=True)
+    hidden = scores == -torch.inf
+    return exp(scores - largest.where(largest > -torch.inf, 0.0)).where(~hidden, 0.0)
+
+
 def lane_sum(x: Tensor) -> Tensor:
     """The sum over the last axis, kept with size 1: element i goes to lane i mod 16, in order, then the lanes fold."""
     whole = torch.nn.functional.pad(x, (0, -x.shape[-1] % LANES))

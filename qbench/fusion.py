@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from qbench import float_ops
+from qbench.attention import is_attention, only_masks
 from qbench.capture import Network
 from qbench.normalize import batch_norm_affine, free_name
+from qbench.recurrent import RECURRENT, lstm_operands
 from qbench.transposed import swapped
 
 aten = torch.ops.aten
@@ -46,13 +48,12 @@ CLAMPABLE = {
     float_ops.adaptive_average_pool,
     float_ops.channel_affine,
 }
+REORDERINGS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.flip.default}
 MOVES = {
+    *REORDERINGS,
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -66,7 +67,6 @@ MOVES = {
     aten.split_with_sizes.default,
     aten.chunk.default,
     aten.unbind.int,
-    aten.flip.default,
     aten.roll.default,
     aten.max_pool1d.default,
     aten.max_pool2d.default,
@@ -83,12 +83,14 @@ MOVES = {
 MAC_OPS = {
     "linear", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "mm", "bmm", "addmm", "addbmm", "baddbmm", "matmul", "mv", "dot", "einsum", "bilinear",
-    "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell",
-    "embedding_bag", "tensordot",
+    "scaled_dot_product_attention", "embedding_bag", "tensordot", *RECURRENT,
 }  # fmt: skip
 
 
 UNTAGGED_UNARY = {aten.hardswish.default}  # pointwise, though torch does not tag it so
+
+
+NAMED = {*LAYERS, float_ops.lstm, float_ops.attention, float_ops.layer_norm, float_ops.embedding}
 
 
 def is_move(node: fx.Node) -> bool:
@@ -105,24 +107,33 @@ def _pads_zero(node: fx.Node) -> bool:
     return not any(isinstance(value, float | int) and value for value in values)
 
 
-def has_macs(node: fx.Node) -> bool:
-    """Does the aten call multiply and accumulate?"""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in MAC_OPS
+def has_macs(node: fx.Node, operations: set[str] = MAC_OPS) -> bool:
+    """Does the aten call multiply and accumulate (and is it one of these operations)?"""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in operations
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Is the aten call one that keep_float can name: with multiply-accumulates, or with a weight to look up?"""
+    return has_macs(node) or node.target is aten.embedding.default
 
 
 def kept_layers(network: Network, patterns: tuple[str, ...]) -> set[str]:
-    """The layers that stay in float. Raises ValueError for a pattern that matches none of the layers."""
-    layers = [node.meta["layer"] for node in network.graph.nodes if has_macs(node)]
+    """The layers that stay in float. Raises ValueError for a pattern that matches none of the layers.
+
+    The name of an nn.LSTM stands for all its layers (`lstm` for `lstm.l0`, `lstm.l1`, ...).
+    """
+    nodes = [node for node in network.graph.nodes if is_layer(node)]
+    names = {(layer := node.meta["layer"]): {layer, node.meta.get("module", layer)} for node in nodes}
     for pattern in patterns:
-        if not fnmatch.filter(layers, pattern):
-            raise ValueError(f"keep_float: {pattern!r} matches no layer; layers are {', '.join(dict.fromkeys(layers))}")
-    return {layer for layer in layers if any(fnmatch.fnmatchcase(layer, pattern) for pattern in patterns)}
+        if not any(fnmatch.filter(alike, pattern) for alike in names.values()):
+            raise ValueError(f"keep_float: {pattern!r} matches no layer; layers are {', '.join(names)}")
+    return {layer for layer, alike in names.items() if any(fnmatch.filter(alike, pattern) for pattern in patterns)}
 
 
-def refuse_float_macs(graph: fx.Graph, kept: set[str]) -> None:
+def refuse_float_macs(graph: fx.Graph, kept: set[str], operations: set[str] = MAC_OPS) -> None:
     """Raise ValueError for a node that would multiply and accumulate in float without being named in keep_float."""
     for node in graph.nodes:
-        if has_macs(node) and node.meta["layer"] not in kept:
+        if has_macs(node, operations) and node.meta["layer"] not in kept:
             raise ValueError(
                 f"{node.target} in layer {node.meta['layer'] or node.name!r} has no int8 form; "
                 f"name the layer in keep_float to leave it in float"
@@ -133,9 +144,10 @@ def fuse(network: Network, kept: set[str]) -> Network:
     """A new network over `float_ops`, in which the `kept` layers keep their aten calls."""
     fused = Network(fx.Graph(), dict(network.tensors), network.inputs, network.outputs)
     values: dict[fx.Node, Any] = {}
+    masks = only_masks(network.graph, has_macs)
     for node in network.graph.nodes:
         translated = None
-        if node.op == "call_function" and not (has_macs(node) and node.meta["layer"] in kept):
+        if node.op == "call_function" and node not in masks and not (is_layer(node) and node.meta["layer"] in kept):
             translated = _translate(fused, node, values)
         values[node] = translated or fused.graph.node_copy(node, lambda n: values[n])
         if translated is None:
@@ -144,7 +156,7 @@ def fuse(network: Network, kept: set[str]) -> Network:
     _fuse_clamps(fused.graph)
     fused.graph.eliminate_dead_code()
     for node in fused.graph.nodes:
-        if node.target in LAYERS:
+        if node.target in NAMED:
             node._rename(node.meta["layer"].replace(".", "_") or node.name)
     fused.graph.lint()
     return fused
@@ -164,7 +176,7 @@ def _translate(fused: Network, node: fx.Node, values: dict[fx.Node, Any]) -> fx.
 def _call(fused: Network, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]] | None:
     full = _full(node, args, kwargs)
     match node.target:
-        case _ if (layer := _layer(node.target, full)) is not None:
+        case _ if (layer := _layer(node, full)) is not None:
             return *_by_output(fused, *layer), {}
         case aten.add.Tensor | aten.sub.Tensor if _is_arithmetic(node):
             sign = 1.0 if node.target is aten.add.Tensor else -1.0
@@ -181,6 +193,9 @@ def _call(fused: Network, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> t
             return float_ops.average_pool, _pool_arguments(full, 1 if "1d" in str(node.target) else 2), {}
         case aten.adaptive_avg_pool1d.default | aten.adaptive_avg_pool2d.default:
             return float_ops.adaptive_average_pool, (full["self"], full["output_size"]), {}
+        case aten.layer_norm.default if _floats(node) and _has_constants(full["weight"], full["bias"]):
+            names = ("input", "normalized_shape", "weight", "bias", "eps")
+            return float_ops.layer_norm, tuple(full[name] for name in names), {}
         case aten.batch_norm.default:
             return float_ops.channel_affine, _batch_norm_arguments(fused, full), {}
         case aten.cat.default if _floats(node):
@@ -203,41 +218,52 @@ def _full(node: fx.Node, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
-    """The float_ops function and arguments of an aten call that is a layer with constant weights, else None."""
-    return _layer(node.target, _full(node, node.args, dict(node.kwargs)))
+    """The float_ops function and arguments of a layer with constant weights, or an attention; else None."""
+    return _layer(node, _full(node, node.args, dict(node.kwargs)))
 
 
-def _layer(target: Any, full: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
-    match target:
+def _layer(node: fx.Node, full: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+    match node.target:
         case aten.linear.default if _is_constant(full["weight"]):
             return float_ops.linear, (full["input"], full["weight"], full["bias"])
-        case _ if target in CONVOLUTIONS and _is_constant(full["weight"]):
-            function, count = CONVOLUTIONS[target]
+        case _ if node.target in CONVOLUTIONS and _is_constant(full["weight"]):
+            function, count = CONVOLUTIONS[node.target]
             window = [_wide(full[name], count) for name in ("stride", "padding", "dilation")]
             more = [_wide(full["output_padding"], count)] if "output_padding" in full else []
             return function, (full["input"], full["weight"], full["bias"], *window, full["groups"], *more)
+        case aten.lstm.input if (operands := lstm_operands(full)) is not None:
+            return float_ops.lstm, operands
+        case aten.embedding.default if _is_constant(full["weight"]):
+            return float_ops.embedding, (full["indices"], full["weight"])
+        case aten.scaled_dot_product_attention.default if is_attention(node) and _floats(node):
+            names = ("query", "key", "value", "attn_mask", "is_causal", "scale")
+            return float_ops.attention, tuple(full[name] for name in names)
     return None
 
 
 def layer_weight(network: Network, call: tuple[Any, tuple[Any, ...]]) -> Tensor:
     """The float weight of a `layer_call`, [outputs, inputs / groups, ...] for every kind of layer."""
-    function, (_, weight, _, *window) = call
+    function, (_, weight, *more) = call
     held = network.tensors[weight.target]
-    return swapped(held, window[3]) if function is float_ops.conv_transpose else held
+    return swapped(held, more[4]) if function is float_ops.conv_transpose else held
 
 
 def _by_output(fused: Network, function: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """The layer with a weight in the form of `layer_weight`, as a tensor of its own where torch's form is another."""
-    weight = layer_weight(fused, (function, args))
-    if weight is fused.tensors[args[1].target]:
+    """The layer with a weight in the form of `layer_weight`, a tensor of its own where torch's form is another."""
+    if function is not float_ops.conv_transpose:
         return function, args
     name = free_name(args[1].target, fused.tensors, shared=True)
-    fused.tensors[name] = weight
+    fused.tensors[name] = layer_weight(fused, (function, args))
     return function, (args[0], fused.graph.get_attr(name), *args[2:])
 
 
 def _is_constant(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def _has_constants(*values: Any) -> bool:
+    """Is each of the values, where there is one, constant?"""
+    return all(value is None or _is_constant(value) for value in values)
 
 
 def _floats(node: fx.Node) -> bool:

@@ -131,7 +131,43 @@ class fidelity(ScoreMetric):
         return hits.comparison(low, high, 0.0 if changed else 1.0, test)
 
 
-METRICS = {m.name: m for m in (accuracy.declaration, fidelity.declaration, FRECHET_DISTANCE, *MEASURED)}
+@dataclass(frozen=True)
+class bits_per_char(ScoreMetric):
+    """Mean of -log2 p(next character), of a language model's logits: cluster bootstrap over units."""
+
+    declaration: ClassVar[Metric] = Metric(
+        "bits_per_char", "bit", "lower", 0.01, "mean of -log2 of the probability of the next character", digits=4
+    )
+
+    def compare(
+        self, outputs: Tensor, fp32_outputs: Tensor, targets: Tensor | None, units: Tensor | None = None
+    ) -> Comparison:
+        """`targets` are the characters' numbers, of the logits' shape without the last dimension."""
+        if targets is None:
+            raise ValueError("bits_per_char needs targets: the number of each next character")
+        truth = targets.detach().cpu().numpy()
+        bits, fp32_bits = _surprise(outputs, truth), _surprise(fp32_outputs, truth)
+        groups = unit_numbers(len(truth), units)
+        more = (bits - fp32_bits).reshape(len(truth), -1)
+        spread = statistics.cluster_bootstrap(
+            np.bincount(groups, more.sum(axis=1)), np.bincount(groups) * more.shape[1]
+        )
+        return Comparison(
+            score=float(bits.mean()),
+            score_fp32=float(fp32_bits.mean()),
+            drop=spread.mean,
+            ci_low=spread.low,
+            ci_high=spread.high,
+            p_value=spread.p,
+            significant=spread.low > 0.0 or spread.high < 0.0,
+            units=int(groups.max()) + 1,
+            test="cluster bootstrap",
+        )
+
+
+SCORES = (accuracy.declaration, fidelity.declaration, bits_per_char.declaration, FRECHET_DISTANCE)
+METRICS = {metric.name: metric for metric in (*SCORES, *MEASURED)}
+EXAMPLES_AT_ONCE = 64  # in float64, to bound the memory
 BATCH_SUFFIX = re.compile(r"_b\d+$")
 
 
@@ -193,6 +229,20 @@ def decisions(outputs: Tensor) -> Any:
     Raises ValueError when an output is not finite.
     """
     return np.argmax(finite(outputs), axis=-1)
+
+
+def _surprise(logits: Tensor, truth: Any) -> Any:
+    """-log2 of softmax(logits) at the true index, float64, of the shape of `truth` (examples, ...)."""
+    if tuple(logits.shape[:-1]) != truth.shape or truth.size == 0:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} for targets of shape {truth.shape}")
+    found = np.empty(truth.shape)
+    for first in range(0, len(truth), EXAMPLES_AT_ONCE):
+        part = slice(first, first + EXAMPLES_AT_ONCE)
+        values = finite(logits[part]).astype(np.float64)
+        values -= values.max(axis=-1, keepdims=True)
+        own = np.take_along_axis(values, truth[part][..., None], axis=-1)[..., 0]
+        found[part] = (np.log(np.exp(values).sum(axis=-1)) - own) / math.log(2.0)
+    return found
 
 
 def agreement(outputs: Tensor, fp32_outputs: Tensor) -> float:

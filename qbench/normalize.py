@@ -1,12 +1,15 @@
-"""One form for what a network can say in several: no identities, constants computed, batch norms folded."""
+"""One form for what a network can say in several: constants computed, batch norms folded, LSTMs split by layer."""
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
+from qbench.attention import simplify_masks, unify_attention
+from qbench.recurrent import split_lstms
 from qbench.transposed import swapped
 
 if TYPE_CHECKING:
@@ -27,12 +30,24 @@ NAMED_DEFAULTS = (None, None, None, [1], "valid", [1], 1)
 ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range.default}
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
 FOLDABLE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, *TRANSPOSED}
+FILLS: dict[Any, float | None] = {
+    aten.new_zeros.default: 0.0,
+    aten.zeros_like.default: 0.0,
+    aten.new_ones.default: 1.0,
+    aten.ones_like.default: 1.0,
+    aten.new_full.default: None,  # the last argument
+    aten.full_like.default: None,
+}
 
 
 def normalize(network: Network) -> None:
     """Rewrite a captured network in place; tensors that nothing reads any more are dropped."""
     _drop_identities(network.graph)
     _fold_constants(network)
+    split_lstms(network)
+    unify_attention(network.graph, network.tensors)
+    _fold_constants(network)
+    simplify_masks(network.graph, network.tensors)
     _padding_in_numbers(network.graph)
     _fold_batch_norms(network)
     network.graph.eliminate_dead_code()
@@ -52,21 +67,49 @@ def _drop_identities(graph: fx.Graph) -> None:
 
 
 def _fold_constants(network: Network) -> None:
-    """Compute at once what depends on parameters only: a reshaped bias, a weight norm, a mask."""
+    """Compute at once what depends on parameters only: a reshaped bias, a weight norm, a mask.
+
+    Embeddings stay: the rows of a table of positions are its weight.
+    """
     for node in network.graph.nodes:
-        constant = all(source.op == "get_attr" for source in node.all_input_nodes)
-        if node.op != "call_function" or not constant or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags or not isinstance(node.meta.get("val"), Tensor):
+        if torch.Tag.nondeterministic_seeded in node.target.tags or node.target is aten.embedding.default:
             continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: network.tensors[source.target])
-        name = free_name(f"folded_{node.name}", network.tensors, shared=True)
-        network.tensors[name] = node.target(*args, **kwargs).detach().clone()
-        with network.graph.inserting_before(node):
-            folded = network.graph.get_attr(name)
-        folded.meta = dict(node.meta)
-        node.replace_all_uses_with(folded)
-        network.graph.erase_node(node)
+        if (filled := _filled(node)) is not None:
+            _replace(network, node, filled)
+        elif all(source.op == "get_attr" for source in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: network.tensors[source.target])
+            _replace_results(network, node, node.target(*args, **kwargs))
+
+
+def _filled(node: fx.Node) -> Tensor | None:
+    """What new_zeros and its like make where the sizes are known: it does not depend on their tensor."""
+    value = node.meta.get("val")
+    if node.target not in FILLS or not all(isinstance(size, int) for size in value.shape):
+        return None
+    fill = FILLS[node.target]
+    return torch.full(value.shape, node.args[-1] if fill is None else fill, dtype=value.dtype)
+
+
+def _replace_results(network: Network, node: fx.Node, result: Any) -> None:
+    """The node's value, or each part that is taken of it, becomes a tensor of the network."""
+    if isinstance(result, Tensor):
+        _replace(network, node, result)
+    elif isinstance(result, list | tuple):
+        for part in [user for user in node.users if user.target is operator.getitem]:
+            _replace(network, part, result[part.args[1]])
+
+
+def _replace(network: Network, node: fx.Node, value: Tensor) -> None:
+    """The node's value becomes a tensor of the network."""
+    name = free_name(f"folded_{node.name}", network.tensors, shared=True)
+    network.tensors[name] = value.detach().clone()
+    with network.graph.inserting_before(node):
+        folded = network.graph.get_attr(name)
+    folded.meta = dict(node.meta)
+    node.replace_all_uses_with(folded)
+    network.graph.erase_node(node)
 
 
 def _padding_in_numbers(graph: fx.Graph) -> None:

@@ -72,6 +72,21 @@ def activation_qparams(lo: float, hi: float, scheme: Scheme) -> QParams:
     return QParams(float(scale), int(zero_point), *scheme.codes(UINT8_MIDDLE))
 
 
+PROBABILITIES = QParams(round_to_float32(1 / 255), 0, 0, 255)  # of attention: fixed, not observed
+
+
+def dynamic_codes(x: Tensor, over: tuple[int, ...], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of x (int32) with their scale and zero point, from the range along the dimensions `over`.
+
+    Raises ValueError for values that are not finite.
+    """
+    lo, hi = x.amin(over, keepdim=True).double(), x.amax(over, keepdim=True).double()
+    if not bool((lo.isfinite() & hi.isfinite()).all()):
+        raise ValueError("dynamic quantization met a value that is not finite (NaN or infinity)")
+    scale, zero_point = scheme.choose(lo.clamp(max=0), hi.clamp(min=0), UINT8_MIDDLE)
+    return quantize(x, scale, zero_point, *scheme.codes(UINT8_MIDDLE)), scale, zero_point
+
+
 def quantize(x: Tensor, scale: float | Tensor, zero_point: int | Tensor, q_min: int, q_max: int) -> Tensor:
     """Codes of x as int32: a true division, half to even, clamped before conversion, NaN to the lowest code."""
     return saturate(torch.div(x, scale), zero_point, q_min, q_max)
@@ -103,17 +118,17 @@ def _blocks(weight: Tensor, block: int, fill: float) -> Tensor:
     return flat.reshape(flat.shape[0], flat.shape[1] // block, -1)
 
 
-def _spread(per_block: Tensor, block: int, weight: Tensor) -> Tensor:
+def spread(per_block: Tensor, block: int, weight: Tensor) -> Tensor:
     """[rows, blocks] to a shape that broadcasts against the weight."""
-    spread = per_block.repeat_interleave(block, dim=1)[:, : weight.shape[1]]
-    return spread.reshape(*spread.shape, *[1] * (weight.dim() - 2))
+    wide = per_block.repeat_interleave(block, dim=1)[:, : weight.shape[1]]
+    return wide.reshape(*wide.shape, *[1] * (weight.dim() - 2))
 
 
 def weight_range(weight: Tensor, granularity: Granularity, group_size: int) -> tuple[Tensor, Tensor, int]:
     """lo, hi (float64, [outputs or 1, blocks], zero included) and the block, for a weight [outputs, inputs, ...]."""
     block = max(granularity.block(weight.shape[1], group_size), 1)
-    blocks = _blocks(weight.double(), block, 0.0)
-    lo, hi = blocks.amin(2).clamp(max=0.0), blocks.amax(2).clamp(min=0.0)
+    blocks = _blocks(weight, block, 0.0)
+    lo, hi = blocks.amin(2).double().clamp(max=0.0), blocks.amax(2).double().clamp(min=0.0)
     if granularity.channels_share:
         lo, hi = lo.amin((0, 1), keepdim=True), hi.amax((0, 1), keepdim=True)
     return lo, hi, block
@@ -141,19 +156,19 @@ def quantize_weight(
         smallest_scale = smallest_scale.amax(0, keepdim=True)
     scale, zero_point = scheme.choose(lo, hi, INT8_MIDDLE, smallest_scale)
     codes = quantize(
-        weight, _spread(scale, block, weight), _spread(zero_point, block, weight), *scheme.codes(INT8_MIDDLE)
+        weight, spread(scale, block, weight), spread(zero_point, block, weight), *scheme.codes(INT8_MIDDLE)
     )
     return QWeight(codes.to(torch.int8), scale, zero_point.to(torch.int8), block)
 
 
 def dequantize_weight(values: Tensor, scale: Tensor, zero_point: Tensor, block: int) -> Tensor:
     """The float32 weight of int8 `values` [outputs, inputs, ...]; see QWeight."""
-    return dequantize(values, _spread(scale, block, values), _spread(zero_point.int(), block, values))
+    return dequantize(values, spread(scale, block, values), spread(zero_point.int(), block, values))
 
 
 def centred(values: Tensor, zero_point: Tensor, block: int) -> Tensor:
     """q - zero_point as int32, of the weight's shape."""
-    return values.int() - _spread(zero_point.int(), block, values)
+    return values.int() - spread(zero_point.int(), block, values)
 
 
 def bias_floor(bias: Tensor, x_scale: float) -> Tensor:
@@ -176,4 +191,13 @@ def check_accumulator(layer: str, weight: QWeight, bias: Tensor | None) -> None:
         raise ValueError(
             f"layer {layer}: its int32 sum may reach {int(bound.max())}, the bound is {ACCUMULATOR_LIMIT - 1}; "
             f"name it in keep_float"
+        )
+
+
+def check_products(layer: str, count: int) -> None:
+    """Raise ValueError unless a sum of `count` products of two activations stays below 2^31: 255 * 255 * count."""
+    if 255 * 255 * count >= ACCUMULATOR_LIMIT:
+        raise ValueError(
+            f"layer {layer}: its int32 sum of {count} products may reach {255 * 255 * count}, the bound is "
+            f"{ACCUMULATOR_LIMIT - 1}; name it in keep_float"
         )

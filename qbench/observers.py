@@ -1,4 +1,4 @@
-"""How the range of an activation is chosen from calibration data (ptsq).
+"""How the range of an activation is chosen from calibration data (ptsq, qat).
 
 Calibration runs in one or two passes. In the first every tensor's extent (minimum, maximum, count) is taken; an
 observer that needs it then makes a tally of the second. A tally sees integer counts and order statistics only, so the

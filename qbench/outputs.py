@@ -1,4 +1,4 @@
-"""In which form the last layer hands over its result (ptsq)."""
+"""In which form the last layer hands over its result (ptsq, qat)."""
 
 from __future__ import annotations
 

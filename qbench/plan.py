@@ -14,7 +14,7 @@ from qbench.compose import Composer, Job
 from qbench.config import RUN_VALUES, UsageError, measure_of, recipe_of
 from qbench.identity import sha256_of
 from qbench.measure import Measure
-from qbench.recipe import AXES, Recipe
+from qbench.recipe import AXES, CALIBRATION, Recipe
 
 MAIN_AXES = ("method", "granularity", "scheme")
 
@@ -148,12 +148,13 @@ def _name(task: str, recipe: Recipe) -> str:
     """`resnet18[ptsq-per_channel-symmetric observer=mse]`: the main axes, then what differs from the defaults."""
     names, usual = recipe.names(), _usual()
     main = "-".join(name for axis in MAIN_AXES if (name := names[axis]))
-    rest = [axis for axis in AXES if axis not in MAIN_AXES and names[axis] not in (None, usual[axis])]
-    return f"{task}[{' '.join([main, *(f'{axis}={names[axis]}' for axis in rest)])}]"
+    chosen = {**names, **{name: recipe.canonical()[name] for name in CALIBRATION}}
+    rest = [name for name in chosen if name not in MAIN_AXES and chosen[name] not in (None, usual[name])]
+    return f"{task}[{' '.join([main, *(f'{name}={chosen[name]}' for name in rest)])}]"
 
 
 def _usual() -> dict[str, Any]:
-    """The default choice on each axis."""
+    """The default choice on each axis, and the default of each plain value."""
     return {field.name: field.default for field in dataclasses.fields(Recipe)}
 
 
@@ -163,7 +164,7 @@ def _command(job: Job, recipe: Recipe, config_dir: str | None) -> str:
     groups = ["task", *(axis for axis in AXES if recipe.applies(axis)), "measure"]
     words = [f"{group}={job.choices[group]}" for group in groups if job.choices[group] != usual[group]]
     values = [text for text in job.overrides if text.partition("=")[0] not in (*groups, *AXES, "+sweep", *RUN_VALUES)]
-    values = [text for text in values if _group(text) not in AXES or recipe.applies(_group(text))]
+    values = [text for text in values if _group(text) not in (*AXES, *CALIBRATION) or recipe.applies(_group(text))]
     results = [] if job.values["results"] == "results" else [f"results={job.values['results']}"]
     folder = [] if config_dir is None else ["--config-dir", config_dir]
     return shlex.join(["python", "-m", "qbench", *folder, *words, *values, *results, "force=true"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from torch.utils import _pytree as pytree
 from qbench import structure
 from qbench.backends import Backend
 from qbench.capture import attach
-from qbench.fusion import has_macs
+from qbench.fusion import has_macs, is_move
 from qbench.ops import ACTIVATIONS, is_int8_op
+from qbench.recurrent import RECURRENT, check_lstm_sizes, is_cell_state, recurrent_macs
 
 EDGES = {torch.ops.qbench.quantize.default, torch.ops.qbench.dequantize.default}
 
@@ -70,11 +72,14 @@ class Program:
     @property
     def float_ops(self) -> list[str]:
         """The calls that compute in float, by node: neither int8 operations nor moves of codes."""
-        kinds = _value_kinds(self.graph)
+        kinds = _value_kinds(self)
         return [
             f"{node.name}: {node.target}"
             for node in self.graph.nodes
-            if node.op == "call_function" and not is_int8_op(node.target) and kinds[node] == "float"
+            if node.op == "call_function"
+            and not is_int8_op(node.target)
+            and kinds[node] == "float"
+            and node.target is not operator.getitem  # one of several results: nothing is computed
         ] + [
             f"{node.name}: {node.target}"
             for node in self.graph.nodes
@@ -94,20 +99,25 @@ class Program:
         return run
 
 
-def _value_kinds(graph: fx.Graph) -> dict[fx.Node, str]:
-    """For each node whether its value is float, codes, or a number (sizes)."""
+def _value_kinds(program: Program) -> dict[fx.Node, str]:
+    """For each node whether its value is float, codes, or a number (sizes, indices, moved constants)."""
     kinds: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        if node.target is torch.ops.qbench.dequantize.default or node.op == "placeholder":
+    dtypes = iter(spec["dtype"] for spec in program.inputs)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            kinds[node] = "float" if getattr(torch, next(dtypes)).is_floating_point else "number"
+        elif node.target is torch.ops.qbench.dequantize.default:
             kinds[node] = "float"
         elif is_int8_op(node.target):
             leaves_float = "dynamic" in str(node.target) or "weight_only" in str(node.target)
             leaves_float |= "scale" in node.kwargs and node.kwargs["scale"] is None
             kinds[node] = "float" if leaves_float else "codes"
+        elif is_cell_state(node, torch.ops.qbench.lstm.default):
+            kinds[node] = "float"
         elif node.op == "call_function":
             inputs = {kinds[source] for source in node.all_input_nodes if source.op != "get_attr"} - {"number"}
-            arithmetic = not isinstance(node.target, torch._ops.OpOverload) and not inputs
-            sized = arithmetic or "sym_size" in str(node.target)
+            arithmetic = not isinstance(node.target, torch._ops.OpOverload) or (is_move(node) and node.all_input_nodes)
+            sized = (arithmetic and not inputs) or "sym_size" in str(node.target)
             kinds[node] = "number" if sized else "codes" if inputs == {"codes"} else "float"
         else:
             kinds[node] = "constant"
@@ -144,20 +154,23 @@ def _kernel_node(
     schema = node.target._schema.arguments
     given: dict[str, Any] = {a.name: a.default_value for a in schema} | dict(node.kwargs)
     given |= dict(zip([a.name for a in schema], node.args, strict=False))
-    activations = [given[name] for name in ACTIVATIONS if name in given and given[name] is not None]
+    activations = [given[name] for name in ACTIVATIONS if name in given]
     constants = {
         name: tensors[value.target] if isinstance(value, fx.Node) else value
         for name, value in given.items()
         if name not in ACTIVATIONS
     }
     kernel = backend.kernel(node, constants, macs)
-    return graph.create_node("call_function", kernel, tuple(values[a] for a in activations), name=node.name)
+    args = tuple(None if a is None else values[a] for a in activations)
+    return graph.create_node("call_function", kernel, args, name=node.name)
 
 
 def _counting(target: Any, macs: Macs) -> Callable[..., Any]:
     """The float call itself, counting its multiply-accumulates."""
 
     def counted(*args: Any, **kwargs: Any) -> Any:
+        if target is torch.ops.aten.lstm.input:
+            check_lstm_sizes(*args, **kwargs)
         result = target(*args, **kwargs)
         macs.float32 += _float_macs(target, args, result)
         return result
@@ -177,4 +190,9 @@ def _float_macs(target: Any, args: tuple[Any, ...], result: Any) -> int:
         return int(result.numel() * args[0].shape[-1])
     if name in ("addmm", "baddbmm"):
         return int(result.numel() * args[1].shape[-1])
+    if name in RECURRENT and not name.endswith("cell"):
+        return recurrent_macs(args[0], args[2])
+    if name == "scaled_dot_product_attention":
+        rows, keys = result.numel() // result.shape[-1], args[1].shape[-2]
+        return int(rows * keys * (args[0].shape[-1] + result.shape[-1]))
     return int(result.numel()) if isinstance(result, Tensor) else 1

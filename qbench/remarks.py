@@ -11,13 +11,14 @@ from qbench.record import Record
 LEGEND = (
     "P  Pareto-optimal: no other cell is as small, as good and, where latency is a result, as fast.",
     "B  the best score of its method.",
-    "drop  fp32 minus int8, positive is worse, with its paired 95 % interval; not significant: the interval holds 0.",
+    "drop  how much worse than fp32 (positive is worse), with its paired 95 % interval; not significant: it holds 0.",
 )
 
 
 NOTES = {
     "disturbed": "its time alone was not reproduced: the machine was busy",
     "batch_dependent": "the answer depends on the batch it is computed in",
+    "bf16_emulated": "this CPU has no bfloat16 instructions, torch emulates them: the time is not that of one that has",
     "few_units": "fewer than 20 resampling units: the interval is rough",
     "one_process": "the interval of the speed-up comes from one process: too narrow",
     "baseline_eager_only": "compiled fp32 was not measured: the speed-up is against eager",

@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from qbench import structure
-from qbench.encoded import DTYPES, decode_graph, encode_graph
+from qbench.encoded import DTYPES, TENSOR_DTYPES, decode_graph, encode_graph
 from qbench.model import QuantizedModel
 from qbench.program import Program
 from qbench.recipe import option
@@ -34,10 +34,12 @@ class SavedModelError(ValueError):
 def dump(model: QuantizedModel) -> bytes:
     """The bytes of a model's file. Raises ValueError for a program with a call that a file cannot hold."""
     program = model.program
-    if odd := [name for name, tensor in program.tensors.items() if str(tensor.dtype)[6:] not in DTYPES]:
+    if odd := [name for name, tensor in program.tensors.items() if str(tensor.dtype)[6:] not in TENSOR_DTYPES]:
         raise ValueError(
-            f"tensor {odd[0]} is {program.tensors[odd[0]].dtype}; tensors of a program are {', '.join(DTYPES)}"
+            f"tensor {odd[0]} is {program.tensors[odd[0]].dtype}; tensors of a program are {', '.join(TENSOR_DTYPES)}"
         )
+    if foreign := [spec["dtype"] for spec in program.inputs if spec["dtype"] not in DTYPES]:
+        raise ValueError(f"an input is {foreign[0]}; inputs of a program are {', '.join(DTYPES)}")
     content: dict[str, Any] = {
         "format": FORMAT,
         "recipe": model.recipe,
@@ -99,8 +101,8 @@ def _digest(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _decode(content: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
-    if any(str(tensor.dtype)[6:] not in DTYPES for tensor in tensors.values()):
-        raise ValueError(f"tensors of a program are {', '.join(DTYPES)}")
+    if any(str(tensor.dtype)[6:] not in TENSOR_DTYPES for tensor in tensors.values()):
+        raise ValueError(f"tensors of a program are {', '.join(TENSOR_DTYPES)}")
     graph = decode_graph(content["nodes"], tensors)
     used = {node.target for node in graph.nodes if node.op == "get_attr"}
     if set(tensors) != used:

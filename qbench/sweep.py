@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qbench import report, results, tracking
 from qbench.cell import answer
 from qbench.compose import Composer
-from qbench.config import UsageError
+from qbench.config import UsageError, instantiate
 from qbench.plan import Cell, identify, plan
 from qbench.preparation import prepare_tasks, remembered_tasks
 from qbench.progress import Pace, Progress, duration
@@ -30,6 +31,7 @@ class Options:
     force: bool
     dry_run: bool
     sweep: str  # its name in the MLflow store, the same when it is resumed
+    page: Callable[[list[Record], Path], list[Path]] | None = None  # writes the sweep's page, which comes first
 
 
 def run_sweep(composer: Composer) -> int:
@@ -64,7 +66,18 @@ def options_of(cells: Sequence[Cell]) -> Options:
     if not isinstance(values["results"], str) or not values["results"]:
         raise UsageError(f"results={values['results']}: give a folder")
     measure = "" if choices["measure"] == "default" else f"-{choices['measure']}"
-    return Options(Path(values["results"]), values["force"], values["dry_run"], choices.get("sweep", "cells") + measure)
+    name, page = choices.get("sweep", "cells") + measure, page_of(values["page"])
+    return Options(Path(values["results"]), values["force"], values["dry_run"], name, page)
+
+
+def page_of(node: Any) -> Callable[[list[Record], Path], list[Path]] | None:
+    """The function that writes a sweep's page, with its options. Raises UsageError before anything runs."""
+    if node is None:
+        return None
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UsageError(f"page={node}: give null, or _target_ (a function of the records and the results folder)")
+    page: Callable[[list[Record], Path], list[Path]] = instantiate({**node, "_partial_": True})
+    return page
 
 
 def is_finished(cell: Cell, options: Options) -> bool:
@@ -134,12 +147,17 @@ def list_cells(cells: Sequence[Cell], options: Options) -> int:
 
 
 def show(cells: Sequence[Cell], options: Options) -> int:
-    """Log what the store lacks, write the summary, print the table and the link; the exit code tells of failures."""
+    """Log what the store lacks, write the summary and the sweep's page, print the table and where to look further.
+
+    The exit code tells of failures.
+    """
     found = (results.read_finished(options.results, cell.key) for cell in cells)
     records = [record for record in found if record]
     log_missing(records, options)
     report.write_summary(_alike(cells, options), options.results)
     print(report.table(records))
+    if options.page:
+        print(f"page: {options.page(records, options.results)[0]}")
     print(f"mlflow ui --backend-store-uri {tracking.store_uri(options.results)}")
     print(tracking.deep_link(options.results, options.sweep))
     return tell_failures([record for record in records if record.status == "failed"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,10 +51,12 @@ class Task:
     """What a task's `_target_` returns.
 
     `build` makes the network (seeded, so that the same call makes the same weights). `train`, if given, trains it in
-    place on first use, saying how far it is through its second argument, `say(text)`; qbench caches the result. Without
-    it `build` returns the final weights. `calibration` returns batches (tuples of tensors) which are never evaluation
-    examples. `judge`, if given, makes a network with its final weights that looks at outputs and targets: the metric
-    compares what it makes of them. Nothing is loaded or computed before one of the functions is called.
+    place on first use, saying how far it is through its second argument, `say(text)`; qbench caches the result, or
+    reads it from `checkpoint`, a safetensors file that `python -m qbench.train` makes. Without `train`, `build` returns
+    the final weights. `calibration` returns batches (tuples of tensors) which are never evaluation examples; so does
+    `fine_tuning`, the inputs on which qat learns to give the float results again (without it, those of calibration).
+    `judge`, if given, makes a network with its final weights that looks at outputs and targets: the metric compares
+    what it makes of them. Nothing is loaded or computed before one of the functions is called.
 
     A task may need another task's trained network, as a judge or as what it evaluates. Then its configuration has
     `source`, that other task's configuration, and the function is called with `source`, a function that returns the
@@ -67,6 +70,8 @@ class Task:
     calibration: Callable[[], list[tuple[Tensor, ...]]]
     evaluation: Callable[[], Examples]
     train: Callable[[nn.Module, Callable[[str], None]], None] | None = None
+    checkpoint: Path | None = None
+    fine_tuning: Callable[[], list[tuple[Tensor, ...]]] | None = None
     judge: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ DROPPED = 2  # first calls of a block: they find the neighbour's data in the cac
 WINDOW = 5  # the warm-up ends when the medians of so many blocks show no trend ...
 NO_TREND = 0.8
 MOST_WARM_UP = 10  # ... or after so many blocks
+ALONE = 3  # blocks of a contestant's time alone
 DISTURBANCE = 0.05  # a contestant must reproduce its time alone to within this share
 
 
@@ -84,15 +85,17 @@ def time_blocks(
     calls: dict[str, list[float]] = {name: [] for name in contestants}
     medians: dict[str, list[float]] = {name: [] for name in contestants}
     with _no_garbage_collection():
-        warm = {name: _warm_up(call, timing, clock, sleep) for name, call in contestants.items()}
+        settled, alone = {}, {}
+        for name, call in contestants.items():
+            settled[name] = _warm_up(call, timing, clock, sleep)
+            alone[name] = _alone(call, timing, clock, sleep)
         for _ in range(timing.rounds):
             for name in order.sample(list(contestants), len(contestants)):
                 sleep(timing.pause_s)
                 block = _block(contestants[name], timing, clock)
                 calls[name] += block
                 medians[name].append(median(block))
-    alone, settled = ({name: part[i] for name, part in warm.items()} for i in (0, 1))
-    return BlockTimes(calls, medians, alone, settled)  # type: ignore[arg-type]
+    return BlockTimes(calls, medians, alone, settled)
 
 
 def _block(call: Call, timing: Timing, clock: Callable[[], float]) -> list[float]:
@@ -107,21 +110,24 @@ def _block(call: Call, timing: Timing, clock: Callable[[], float]) -> list[float
     return times[DROPPED:]
 
 
-def _warm_up(
-    call: Call, timing: Timing, clock: Callable[[], float], sleep: Callable[[float], None]
-) -> tuple[float, bool]:
-    """Run a contestant alone until it is steady: its median of the last blocks, and whether it settled."""
-    blocks: list[list[float]] = []
-    while len(blocks) < MOST_WARM_UP:
+def _warm_up(call: Call, timing: Timing, clock: Callable[[], float], sleep: Callable[[float], None]) -> bool:
+    """Run a contestant alone until it is steady; False when that took too long."""
+    medians: list[float] = []
+    while len(medians) < MOST_WARM_UP:
         sleep(timing.pause_s)
-        blocks.append(_warm_up_block(call, timing.block_s, clock))
-        if len(blocks) >= WINDOW and abs(kendall_tau([median(block) for block in blocks[-WINDOW:]])) < NO_TREND:
-            return _median_of(blocks), True
-    return _median_of(blocks), False
+        medians.append(median(_warm_up_block(call, timing.block_s, clock)))
+        if len(medians) >= WINDOW and abs(kendall_tau(medians[-WINDOW:])) < NO_TREND:
+            return True
+    return False
 
 
-def _median_of(blocks: list[list[float]]) -> float:
-    return median(ms for block in blocks[-WINDOW:] for ms in block)
+def _alone(call: Call, timing: Timing, clock: Callable[[], float], sleep: Callable[[float], None]) -> float:
+    """Its time without the others, from blocks like those of the rounds: shorter ones would be colder."""
+    medians = []
+    for _ in range(ALONE):
+        sleep(timing.pause_s)
+        medians.append(median(_block(call, timing, clock)))
+    return median(medians)
 
 
 def _warm_up_block(call: Call, block_s: float, clock: Callable[[], float]) -> list[float]:

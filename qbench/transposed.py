@@ -11,5 +11,5 @@ def swapped(weight: Tensor, groups: int) -> Tensor:
     torch holds the first form. In the second one output channels come first, as everywhere else, so that granularities,
     the bias rule and the overflow check need not know of transposed convolutions.
     """
-    by_group = weight.reshape(groups, -1, *weight.shape[1:])
+    by_group: Tensor = weight.unflatten(0, (groups, -1))
     return by_group.transpose(1, 2).flatten(0, 1).contiguous()

@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qbench import float_ops
+from qbench.arguments import WINDOW, lstm_arguments, rows_arguments, weight_arguments
+from qbench.attention import check_attention
 from qbench.capture import Network
-from qbench.convert import WINDOW, weight_arguments
-from qbench.fusion import has_macs, kept_layers, layer_call, layer_weight, refuse_float_macs
-from qbench.numerics import check_accumulator, quantize_weight, require_finite
+from qbench.fusion import is_layer, kept_layers, layer_call, layer_weight, refuse_float_macs
+from qbench.numerics import QWeight, check_accumulator, quantize_weight, require_finite
 from qbench.program import Program
 from qbench.recipe import Recipe
+from qbench.recurrent import RECURRENT, lstm_bias
 
 int8 = torch.ops.qbench
+
+Call = tuple[Any, tuple[Any, ...]]  # a function of float_ops and its operands
 
 
 def float_program(network: Network) -> Program:
@@ -23,8 +28,14 @@ def float_program(network: Network) -> Program:
 
 
 def weight_only_program(network: Network, recipe: Recipe) -> Program:
-    """Each layer reads its int8 weight back as float. Operations without weights stay as they are."""
-    return _replace_layers(network, recipe, "weight_only", {})
+    """Each layer reads its int8 weight back as float. Operations without weights stay as they are.
+
+    Raises ValueError for a recurrent layer of another kind than LSTM: passing over its weights would be fp32 under
+    another name.
+    """
+    program = _replace_layers(network, recipe, "weight_only", {})
+    refuse_float_macs(program.graph, kept_layers(network, recipe.keep_float), RECURRENT)
+    return program
 
 
 def dynamic_program(network: Network, recipe: Recipe) -> Program:
@@ -37,13 +48,14 @@ def dynamic_program(network: Network, recipe: Recipe) -> Program:
 
 def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[str, Any]) -> Program:
     kept = kept_layers(network, recipe.keep_float)
-    calls = {node: call for node in network.graph.nodes if (call := _replaced(node, kept)) is not None}
+    calls = {node: call for node in network.graph.nodes if (call := _replaced(node, kept, kind)) is not None}
+    read = {source for call in calls.values() for source in _inputs(call)}
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     tensors = {
         str(node.target): network.tensors[str(node.target)]
         for node in network.graph.nodes
-        if node.op == "get_attr" and not all(user in calls for user in node.users)
+        if node.op == "get_attr" and (node in read or not all(user in calls for user in node.users))
     }
 
     def hold(name: str, tensor: Tensor) -> fx.Node:
@@ -57,14 +69,14 @@ def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[s
         if call is None:
             values[node] = graph.node_copy(node, lambda n: values[n])
         else:
-            function, (x, _, bias_node, *window) = call
-            arguments: dict[str, Any] = dict(zip(WINDOW, window, strict=False))
-            arguments |= _weight(network, node, layer_weight(network, call), bias_node, recipe, kind, hold) | options
-            name = f"{kind}_{function.__name__}"
+            inputs = [None if source is None else values[source] for source in _inputs(call)]
+            while inputs[-1] is None:
+                inputs.pop()
+            name, arguments = _written(network, node, call, recipe, kind, hold, options)
             values[node] = graph.create_node(
                 "call_function",
                 getattr(int8, name).default,
-                (values[x],),
+                tuple(inputs),
                 arguments,
                 name=node.meta["layer"].replace(".", "_") or node.name,
             )
@@ -73,24 +85,55 @@ def _replace_layers(network: Network, recipe: Recipe, kind: str, options: dict[s
     return Program(graph, tensors, network.inputs, network.outputs)
 
 
-def _replaced(node: fx.Node, kept: set[str]) -> tuple[Any, tuple[Any, ...]] | None:
+def _replaced(node: fx.Node, kept: set[str], kind: str) -> Call | None:
     """The layer's function and arguments when the node is one to quantize, else None."""
-    if node.op != "call_function" or not has_macs(node) or node.meta["layer"] in kept:
+    if node.op != "call_function" or not is_layer(node) or node.meta["layer"] in kept:
         return None
-    return layer_call(node)
+    call = layer_call(node)
+    without_weights = call is not None and call[0] is float_ops.attention
+    return None if without_weights and kind == "weight_only" else call
 
 
-def _weight(
-    network: Network,
-    node: fx.Node,
-    weight: Tensor,
-    bias_node: fx.Node | None,
-    recipe: Recipe,
-    kind: str,
-    hold: Any,
-) -> dict[str, Any]:
+def _inputs(call: Call) -> tuple[Any, ...]:
+    """The operands that are no parameters: x, the state of an LSTM; q, k, v and the mask of an attention."""
+    function, operands = call
+    if function is float_ops.attention:
+        return operands[:4]
+    return (operands[0], *operands[5:7]) if function is float_ops.lstm else operands[:1]
+
+
+def _written(
+    network: Network, node: fx.Node, call: Call, recipe: Recipe, kind: str, hold: Any, options: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The name of a layer's operation, and its arguments but for the inputs."""
+    function, (_, *operands) = call
     layer = node.meta["layer"] or node.name
-    bias = None if bias_node is None else network.tensors[bias_node.target]
+
+    def held(source: fx.Node | None) -> Any:
+        return None if source is None else network.tensors[str(source.target)]
+
+    if function is float_ops.attention:
+        check_attention(node)
+        return "dynamic_attention", {"causal": operands[3], "factor": operands[4]} | options
+    if function is float_ops.embedding:
+        weight, _ = _quantized(held(operands[0]), None, layer, recipe, "embedding")
+        no_codes = {"scale": None, "zero_point": 0, "q_min": 0, "q_max": 255}
+        return "embedding", rows_arguments(hold, layer, weight) | no_codes
+    name = f"{kind}_{function.__name__}"
+    if function is float_ops.lstm:
+        weight_ih, weight_hh, *biases = map(held, operands[:4])
+        weight, bias = _quantized(weight_ih, lstm_bias(*biases), layer, recipe, kind)
+        hidden, _ = _quantized(weight_hh, None, layer, recipe, kind)
+        return name, lstm_arguments(hold, layer, weight, hidden, bias) | options
+    weight, bias = _quantized(layer_weight(network, call), held(operands[1]), layer, recipe, kind)
+    window = dict(zip(WINDOW, operands[2:], strict=False))
+    return name, window | weight_arguments(hold, layer, weight, bias) | options
+
+
+def _quantized(
+    weight: Tensor, bias: Tensor | None, layer: str, recipe: Recipe, kind: str
+) -> tuple[QWeight, Tensor | None]:
+    """The weight as codes, and the bias, which stays float32."""
     try:
         if bias is not None:
             require_finite("the bias", bias)
@@ -99,4 +142,4 @@ def _weight(
         raise ValueError(f"layer {layer}: {error}") from error
     if kind == "dynamic":
         check_accumulator(layer, quantized, None)
-    return weight_arguments(hold, layer, quantized, bias)
+    return quantized, bias

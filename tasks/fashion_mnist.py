@@ -18,6 +18,7 @@ EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist"
 CLASSES = 10
 MEAN, STD = 0.28604, 0.35302  # of the 60,000 training images, scaled to [0, 1]
 CALIBRATION_EXAMPLES, CALIBRATION_BATCH = 256, 32
+FINE_TUNING_EXAMPLES, FINE_TUNING_BATCH = 4096, 64
 UINT8_MAGIC = b"\0\0\x08"
 
 # sha256 of the files' content, not of their compression: two gzip programs may pack the same images differently.
@@ -53,6 +54,13 @@ def calibration() -> list[tuple[Tensor, ...]]:
     """The first 256 embedded training images (the file's order is random in class) in batches of 32."""
     images, _ = training()
     return [(batch,) for batch in images[:CALIBRATION_EXAMPLES].split(CALIBRATION_BATCH)]
+
+
+def fine_tuning() -> list[tuple[Tensor, ...]]:
+    """The 4,096 embedded training images after those of calibration, in batches of 64."""
+    images, _ = training()
+    chosen = images[CALIBRATION_EXAMPLES : CALIBRATION_EXAMPLES + FINE_TUNING_EXAMPLES]
+    return [(batch,) for batch in chosen.split(FINE_TUNING_BATCH)]
 
 
 def read_idx(path: Path, sha256: str) -> np.ndarray:

@@ -17,9 +17,11 @@ from qbench.frechet import frechet_distance
 from qbench.metrics import accuracy
 from qbench.task import Examples, Task
 from tasks import fashion_mnist, gan_training
+from tasks.checkpoints import kept
 from tasks.gan_training import LATENT, latents
 
-CALIBRATION_SEED, EVALUATION_SEED = 1, 2  # of latents; training draws its own
+CALIBRATION_SEED, EVALUATION_SEED, FINE_TUNING_SEED = 1, 2, 3  # of latents; training draws its own
+FINE_TUNING_EXAMPLES, FINE_TUNING_BATCH = 4096, 64
 CALIBRATION_EXAMPLES, CALIBRATION_BATCH = 256, 32
 GENERATED = 10_000
 BLOCKS = 50  # of latents: the resampling units
@@ -29,21 +31,24 @@ GENERATED_CLASS, REAL_CLASS = gan_training.GENERATED_CLASS, gan_training.REAL_CL
 Network = Callable[[], nn.Module]
 
 
-def task(source: Network, full_data: str | None = None, seed: int = 0) -> Task:
+def task(source: Network, full_data: str | None = None, seed: int = 0, checkpoint: str | None = None) -> Task:
     """The generator; `source` gives the trained ResNet-18 whose features judge the images.
 
-    `full_data` is a folder with all 60,000 training images, `seed` that of weights and training.
+    `full_data` is a folder with all 60,000 training images, `seed` that of weights and training; `checkpoint` names
+    weights that are kept in the project.
     """
-    return Task(
+    task = Task(
         name="gan",
         family="gan",
         metric=frechet_distance(),
         build=partial(build, seed),
         train=partial(fit, full_data, seed),
         calibration=calibration,
+        fine_tuning=fine_tuning,
         evaluation=evaluation,
         judge=lambda: Judge(source()).eval(),
     )
+    return kept(task, checkpoint)
 
 
 def discriminator_task(source: Network) -> Task:
@@ -122,6 +127,11 @@ def calibration() -> list[tuple[Tensor, ...]]:
     return [(batch,) for batch in latents(CALIBRATION_EXAMPLES, CALIBRATION_SEED).split(CALIBRATION_BATCH)]
 
 
+def fine_tuning() -> list[tuple[Tensor, ...]]:
+    """4,096 other latents in batches of 64."""
+    return [(batch,) for batch in latents(FINE_TUNING_EXAMPLES, FINE_TUNING_SEED).split(FINE_TUNING_BATCH)]
+
+
 def evaluation() -> Examples:
     """10,000 fixed latents in 50 blocks, every slice of them in all blocks; the targets are the real test images."""
     real = as_generated(fashion_mnist.evaluation().inputs[0])
@@ -129,14 +139,15 @@ def evaluation() -> Examples:
 
 
 class Judge(nn.Module):
-    """Images in [-1, 1] to 64 features: a fixed random projection of the 512 that the classifier decides by."""
+    """Images in [-1, 1] to 64 features: a fixed random projection of what the classifier's last layer decides by."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
-        self.body = nn.Sequential(*list(classifier.children())[:-1], nn.Flatten())
+        self.body = copy.deepcopy(classifier)
+        name, last = [(name, m) for name, m in self.body.named_modules() if isinstance(m, nn.Linear)][-1]
+        self.body.set_submodule(name, nn.Identity())
         random = torch.Generator().manual_seed(PROJECTION_SEED)
-        inputs = list(classifier.children())[-1].in_features
-        self.register_buffer("projection", torch.randn(inputs, FEATURES, generator=random) / FEATURES**0.5)
+        self.register_buffer("projection", torch.randn(last.in_features, FEATURES, generator=random) / FEATURES**0.5)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.body(((images + 1) / 2 - fashion_mnist.MEAN) / fashion_mnist.STD) @ self.projection

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
-import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from qbench.metrics import accuracy
 from qbench.task import Task
 from tasks import fashion_mnist
-from tasks.training import Schedule, train
+from tasks.classifier import classifier_task
+from tasks.training import Schedule
 
 SCHEDULE = Schedule(sizes=((16, 2), (28, 2)), batch=128, learning_rate=0.05)
 
 
 def task(full_data: str | None = None, seed: int = 0) -> Task:
     """The task; `full_data` is a folder with all 60,000 training images, `seed` that of weights and training."""
-    return Task(
-        name="resnet18",
-        family="cnn",
-        metric=accuracy(),
-        build=partial(build, seed),
-        train=partial(fit, full_data, seed),
-        calibration=fashion_mnist.calibration,
-        evaluation=fashion_mnist.evaluation,
-    )
+    return classifier_task("resnet18", network, SCHEDULE, full_data, seed)
 
 
-def build(seed: int = 0) -> nn.Module:
+def network() -> nn.Module:
     """The untrained network for images [N, 1, 28, 28]."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = resnet18(weights=None, num_classes=fashion_mnist.CLASSES)
-        model.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    model = resnet18(weights=None, num_classes=fashion_mnist.CLASSES)
+    model.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
     return model
-
-
-def fit(full_data: str | None, seed: int, model: nn.Module, say: Callable[[str], None]) -> None:
-    """Trains in place."""
-    train(model, *fashion_mnist.training(full_data), SCHEDULE, seed, say)

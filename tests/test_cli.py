@@ -11,8 +11,8 @@ from qbench import cli
 # What is given, and words that the one line must hold: what was given, what is allowed or what to do.
 BAD_INPUT = [
     (["methd=ptsq"], ["unknown option 'methd'", "did you mean method"]),
-    (["method=ptqs"], ["method=ptqs", "fp32, ptdq, ptsq, woq", "did you mean ptsq"]),
-    (["method="], ["method=", "fp32, ptdq, ptsq, woq"]),
+    (["method=ptqs"], ["method=ptqs", "fp32, ptdq, ptsq, qat, woq", "did you mean ptsq"]),
+    (["method="], ["method=", "fp32, ptdq, ptsq, qat, woq"]),
     (["method=[ptsq,woq]"], ["method", "-m method=...,..."]),
     (["method=ptsq,woq"], ["method=ptsq,woq", "add -m"]),
     (["~method"], ["method: give exactly one"]),
@@ -21,7 +21,7 @@ BAD_INPUT = [
     (["task.wdth=3"], ["unknown option 'task.wdth'"]),
     (["task.colour=3"], ["unknown option 'task.colour'", "--help"]),
     (["sweep=all"], ["write +sweep"]),
-    (["+sweep=al"], ["sweep=al", "activations, all, granularity, observers, smoke", "did you mean all"]),
+    (["+sweep=al"], ["sweep=al", "activations, all, calibration, granularity, observers, smoke", "did you mean all"]),
     (["+sweep=all,smoke"], ["one sweep at a time"]),
     (["+sweep=all", "+sweep=smoke"], ["one sweep at a time"]),
     (["+sweep=tiny", "method=ptqs"], ["method=ptqs", "did you mean ptsq"]),
@@ -102,7 +102,7 @@ def test_help_tells_groups_sweeps_and_examples(project):
     assert ended.returncode == 0
     for text in (
         "+sweep=all",
-        "method: fp32, ptdq, ptsq, woq",
+        "method: bf16, fp32, ptdq, ptsq, qat, woq",
         "sweep: activations, all",
         "group_size: 64",
         "Exit codes",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qbench import cli
 from qbench.compose import Composer
 from qbench.config import conf_folder, instantiate, measure_of, recipe_of
 from qbench.measure import Measure
@@ -110,3 +111,17 @@ def test_a_users_tasks_never_shadow_the_projects(tmp_path, monkeypatch):
     made = instantiate(composed("task=resnet18").values["task"])
     assert made.name == "resnet18"
     assert Path(sys.modules["tasks"].__file__).parent.parent == CONF.parent
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["+sweep=observers", "task=resnet18"],
+        ["-m", "observer=percentile", "observer.percentile=99,99.9", "method=ptsq,woq"],
+        ["-m", "measure=default,quick", "measure.batch=4,8", "method=fp32"],  # both touch measure: composed one by one
+    ],
+    ids=lambda arguments: arguments[1],
+)
+def test_combinations_put_together_are_those_that_hydra_composes(arguments):
+    composer = Composer(cli._parser().parse_args(arguments))
+    assert list(composer.jobs()) == [composer.job(o) for product in composer._combinations() for o in product]

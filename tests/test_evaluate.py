@@ -1,5 +1,6 @@
 """Preparing a task and scoring a cell, on a task small enough to follow by hand."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -7,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from qbench import evaluate
+from qbench import bfloat16, evaluate, methods
+from qbench.config import RECIPE_VALUES
 from qbench.measure import Measure
 from qbench.recipe import AXES, Recipe
 from qbench.saved import load
@@ -67,6 +69,7 @@ def build(width=8, trains=True, fault=None):
         build=network,
         train=train if trains else None,
         calibration=lambda: [(images(10, 1),), (images(6, 3),)],
+        fine_tuning=lambda: [(images(90, 4),)],
         evaluation=lambda: Examples((images(120, 2),), labels()),
     )
 '''
@@ -88,8 +91,12 @@ def config(**options):
 
 def recipe_config(recipe):
     """What a composed configuration holds of a recipe."""
-    targets = {axis: {"_target_": f"{AXES[axis].__name__}.{type(getattr(recipe, axis)).__name__}"} for axis in AXES}
-    return targets | {"group_size": recipe.group_size, "keep_float": list(recipe.keep_float)}
+    targets = {
+        axis: {"_target_": f"{AXES[axis].__name__}.{type(chosen).__name__}", **dataclasses.asdict(chosen)}
+        for axis in AXES
+        for chosen in [getattr(recipe, axis)]
+    }
+    return targets | {name: getattr(recipe, name) for name in RECIPE_VALUES}
 
 
 MEASURE = {"_target_": "qbench.measure.Measure", "eval_batch": 50, "figures": False}
@@ -261,7 +268,7 @@ def cell(prepared, folder, recipe, task=None, **measure):
     )
 
 
-@pytest.mark.parametrize("method", ["woq", "ptdq", "ptsq"])
+@pytest.mark.parametrize("method", ["woq", "ptdq", "ptsq", "qat"])
 def test_the_metrics_of_a_cell_by_hand(prepared, tmp_path, method):
     found = cell(prepared, tmp_path, Recipe(method))
     metrics = found["metrics"]
@@ -301,10 +308,48 @@ def test_fewer_examples_are_the_first_ones(prepared, tmp_path):
     assert found["score"] == pytest.approx(float((outputs.argmax(1) == examples.targets).double().mean()))
 
 
+def test_the_record_of_a_trained_cell_tells_how(prepared, tmp_path):
+    recipe = Recipe(methods.qat(steps=6))
+    found = cell(prepared, tmp_path, recipe, figures=True)
+    told = found["details"]["fine_tuning"]
+    assert told["steps"] == len(told["losses"]) == 6
+    assert 0 < told["relative_weight_change"] < 0.1
+    assert (tmp_path / "fine_tuning.png").read_bytes().startswith(b"\x89PNG")
+    assert "fine_tuning" not in cell(prepared, tmp_path, Recipe())["details"]
+
+
+def test_a_cell_that_trains_says_how_far_it_is(prepared, tmp_path):
+    said = []
+    recipe = recipe_config(Recipe(methods.qat(steps=2)))
+    evaluate.evaluate(config(), prepared, recipe, MEASURE, str(tmp_path), said.append)
+    assert [text for text in said if text.startswith("fine-tuning, step 2/2, loss 0.")]
+
+
 def test_a_batch_dependent_recipe_is_noted(prepared, tmp_path):
     assert "batch_dependent" in cell(prepared, tmp_path, Recipe("ptdq", activation_granularity="per_tensor"))["notes"]
     assert "batch_dependent" not in cell(prepared, tmp_path, Recipe("ptdq"))["notes"]
     assert "batch_dependent" not in cell(prepared, tmp_path, Recipe(activation_granularity="per_tensor"))["notes"]
+
+
+def test_a_bfloat16_cell_is_a_float_one_and_says_where_it_is_emulated(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(bfloat16, "answering_environment", lambda: {"cpu_flags": ["avx2"]})
+    found = cell(prepared, tmp_path, Recipe("bf16"))
+    assert found["metrics"]["int8_mac_fraction"] == 0.0
+    assert found["metrics"]["sqnr_db"] > 30
+    assert found["granularity_effective"] is None
+    assert found["notes"] == ["bf16_emulated"]
+    monkeypatch.setattr(bfloat16, "answering_environment", lambda: {"cpu_flags": ["avx512_bf16"]})
+    assert cell(prepared, tmp_path, Recipe("bf16"))["notes"] == []
+
+
+def test_a_draw_of_the_calibration_examples_is_another_network_with_the_same_judges(prepared, tmp_path):
+    def program(**values):
+        found = cell(prepared, tmp_path, Recipe(**values))
+        return (tmp_path / "model.qb").read_bytes(), found["metrics"]["examples"]
+
+    drawn = {"calibration_samples": 4, "calibration_seed": 1}
+    assert program(**drawn) == program(**drawn)
+    assert len({program(**drawn), program(**{**drawn, "calibration_seed": 2}), program()}) == 3
 
 
 @pytest.mark.parametrize(
@@ -322,7 +367,8 @@ def test_the_effective_granularity_is_that_of_the_scales(prepared, tmp_path, rec
     assert cell(prepared, tmp_path, recipe)["granularity_effective"] == effective
 
 
-def test_nothing_of_the_evaluation_split_reaches_calibration(prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", [Recipe("ptsq", observer="entropy"), Recipe("qat")], ids=["ptsq", "qat"])
+def test_nothing_of_the_evaluation_split_reaches_calibration(prepared, tmp_path, monkeypatch, recipe):
     """Every tensor that quantizing a network sees, against every evaluation example."""
     seen = []
     real = {name: getattr(evaluate, name) for name in ("capture", "quantize_network")}
@@ -331,17 +377,19 @@ def test_nothing_of_the_evaluation_split_reaches_calibration(prepared, tmp_path,
         seen.extend(example_inputs)
         return real["capture"](model, example_inputs, *rest)
 
-    def watched_quantize(network, recipe, calibration=None, *rest):
+    def watched_quantize(network, recipe, calibration=None, **rest):
         seen.extend(leaf for batch in calibration or () for leaf in batch)
-        return real["quantize_network"](network, recipe, calibration, *rest)
+        if rest.get("fine_tune"):
+            seen.extend(leaf for batch in rest["fine_tune"].batches for leaf in batch)
+        return real["quantize_network"](network, recipe, calibration, **rest)
 
     monkeypatch.setattr(evaluate, "capture", watched_capture)
     monkeypatch.setattr(evaluate, "quantize_network", watched_quantize)
-    cell(prepared, tmp_path, Recipe("ptsq", observer="entropy"))
+    cell(prepared, tmp_path, recipe)
     (images,) = sys.modules["known_task"].build().evaluation().inputs
     evaluated = {image.numpy().tobytes() for image in images}
     used = [image.numpy().tobytes() for leaf in seen for image in leaf]
-    assert len(used) >= 16
+    assert len(used) >= (16 if recipe.method.name == "ptsq" else 16 + 90)
     assert not evaluated & set(used)
 
 

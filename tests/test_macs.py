@@ -86,9 +86,9 @@ REFUSED: dict[str, tuple[nn.Module, str, Callable[[Any, Tensor], Tensor]]] = {
     ),
     "ConvTranspose3d": (nn.ConvTranspose3d(1, 2, 2), "conv_transpose3d", lambda m, x: m.layers[0](x[:, None])),
     "Conv3d": (nn.Conv3d(1, 2, 3), "conv3d", lambda m, x: m.layers[0](x[:, None])),
-    "attention": (
+    "attention with dropout": (
         nn.Linear(16, 16), "scaled_dot_product_attention",
-        lambda m, x: functional.scaled_dot_product_attention(m.layers[0](x), x, x),
+        lambda m, x: functional.scaled_dot_product_attention(m.layers[0](x), x, x, dropout_p=0.1),
     ),
     "a computed weight": (nn.Linear(16, 16), "linear", lambda m, x: functional.linear(m.layers[0](x)[0, 0], x[0, 0])),
 }  # fmt: skip

@@ -104,24 +104,42 @@ def test_blocks_come_in_an_order_that_the_seed_decides() -> None:
 
 
 def test_warm_up_goes_on_while_a_trend_lasts() -> None:
-    """Steady at once: 5 blocks. Getting faster for 4 blocks of 3 calls: 7. Getting faster for ever: 10."""
+    """Steady at once: 5 blocks. Getting faster for 4 blocks of 3 calls: 7. Getting faster for ever: 10.
+
+    Then 3 alone, and the one of the only round.
+    """
     steady, clock = timed(Timing(rounds=1), a=lambda n: 0.01)
-    assert len(clock.blocks()) == 5 + 1
+    assert len(clock.blocks()) == 5 + 3 + 1
     assert steady.settled == {"a": True}
     tick = 2.0**-10  # so that the clock's sums are exact, and equal calls take equal times
     timing = Timing(rounds=1, pause_s=tick)
     falling, clock = timed(timing, a=lambda n: (16 - 2 * (n // 3) if n < 12 else 4) * tick)
     # Medians 16 14 12 10 4 4 4 ticks: of the ten pairs among the last five three are ties, and tau is -0.7.
-    assert len(clock.blocks()) == 7 + 1
+    assert len(clock.blocks()) == 7 + 3 + 1
     assert falling.alone_ms == {"a": 4000 * tick}
     endless, clock = timed(Timing(rounds=1), a=lambda n: 0.02 * 0.99**n)
-    assert len(clock.blocks()) == 10 + 1
+    assert len(clock.blocks()) == 10 + 3 + 1
     assert endless.settled == {"a": False}
 
 
 def test_slow_calls_do_not_prolong_the_warm_up() -> None:
     _, clock = timed(Timing(rounds=1), a=lambda n: 2.0)
-    assert clock.blocks() == [("a", 1)] * 5 + [("a", 10)]
+    assert clock.blocks() == [("a", 1)] * 5 + [("a", 10)] * 4
+
+
+def test_the_time_alone_comes_from_blocks_like_those_of_the_rounds() -> None:
+    """Every block starts cold: one call of 8 ms, one of 4, then 2 ms; shorter blocks would call that a disturbance."""
+    clock, since = Clock(), {"calls": 0}
+
+    def sleep(seconds: float) -> None:
+        since["calls"] = 0
+
+    def call() -> None:
+        clock.now += (8, 4, *[2] * 98)[since["calls"]] * 2.0**-10
+        since["calls"] += 1
+
+    times = time_blocks({"a": call}, Timing(rounds=2, block_s=0.01), clock=clock, sleep=sleep)
+    assert times.shift("a") == 1.0
 
 
 def test_timing_refuses_nothing_to_time_and_blocks_too_short_to_drop_two() -> None:

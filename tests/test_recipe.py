@@ -49,9 +49,11 @@ def test_labels_of_recipes_fit_and_tell_the_weights_apart():
 WEIGHTS = {"granularity", "scheme", "keep_float"}
 APPLICABLE = {
     "fp32": set(),
+    "bf16": set(),
     "woq": WEIGHTS,
     "ptdq": WEIGHTS | {"activation_scheme", "activation_granularity"},
     "ptsq": WEIGHTS | {"activation_scheme", "observer", "output"},
+    "qat": WEIGHTS | {"activation_scheme", "observer", "output"},
 }
 
 
@@ -94,7 +96,7 @@ def test_a_recipe_cannot_be_changed_in_place():
 
 IMPOSSIBLE = {
     "misspelt": ({"observer": "percentil"}, "observer=percentil: allowed are entropy, .*; did you mean percentile?"),
-    "unknown": ({"method": "gptq"}, "method=gptq: allowed are fp32, ptdq, ptsq, woq"),
+    "unknown": ({"method": "gptq"}, "method=gptq: allowed are bf16, fp32, ptdq, ptsq, qat, woq"),
     "of another axis": ({"scheme": "per_channel"}, "scheme=per_channel: allowed are affine, symmetric"),
     "an object of another axis": ({"method": observers.minmax()}, "method=minmax.*: give a name or an object of"),
     "the class": ({"observer": observers.minmax}, "observer=.*minmax.*: give a name or an object of"),
@@ -135,3 +137,27 @@ def test_an_impossible_observer_is_one_line(observer, option_name, value):
     with pytest.raises(ValueError, match=re.escape(f"observer.{option_name}={value!r}: give a ")) as caught:
         getattr(observers, observer)(**{option_name: value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option_name", "value"),
+    [
+        ("steps", 0),
+        ("steps", 2.5),
+        ("steps", True),
+        ("learning_rate", 0),
+        ("learning_rate", float("inf")),
+        ("learning_rate", float("nan")),
+        ("learning_rate", "fast"),
+    ],
+)
+def test_an_impossible_training_is_one_line(option_name, value):
+    with pytest.raises(ValueError, match=re.escape(f"method.{option_name}={value!r}: give a ")) as caught:
+        methods.qat(**{option_name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_options_of_training_are_part_of_the_recipe():
+    short, long = (Recipe(methods.qat(steps=steps)).canonical() for steps in (5, 50))
+    assert short["method"] == {"name": "qat", "steps": 5, "learning_rate": methods.qat.learning_rate}
+    assert short != long

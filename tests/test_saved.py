@@ -442,7 +442,9 @@ def test_what_cannot_be_saved_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"operation 'aten\.\S+' is not one that a saved program may call"):
         q.save(tmp_path / "m.qb")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match=r"tensor weight is torch\.bfloat16; tensors of a program are float32, "):
+    with pytest.raises(ValueError, match=r"tensor weight is torch\.float16; tensors of a program are float32, "):
+        qbench.quantize(nn.Linear(4, 4).half(), (x.half(),), qbench.Recipe(method="fp32")).save(tmp_path / "m.qb")
+    with pytest.raises(ValueError, match="an input is bfloat16; inputs of a program are float32, "):
         qbench.quantize(nn.Linear(4, 4).bfloat16(), (x.bfloat16(),), qbench.Recipe(method="fp32")).save(
             tmp_path / "m.qb"
         )

@@ -58,6 +58,9 @@ def test_no_training_image_is_an_evaluation_image():
     calibration = [image for (batch,) in fashion_mnist.calibration() for image in batch]
     assert len(calibration) == 256
     assert contents(calibration) < training
+    fine_tuning = [image for (batch,) in fashion_mnist.fine_tuning() for image in batch]
+    assert len(fine_tuning) == 4096
+    assert contents(fine_tuning) < training - contents(calibration)
     assert not training & evaluation
 
 

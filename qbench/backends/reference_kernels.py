@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qbench.backends import reference_lstm
+from qbench.backends import reference_transformer as transformer
 from qbench.backends.reference_transposed import TransposedSums
-from qbench.numerics import centred, dequantize, dequantize_weight, multiplier, quantize, saturate
+from qbench.numerics import centred, dequantize, dequantize_weight, dynamic_codes, multiplier, quantize, saturate
 from qbench.recipe import option
-from qbench.schemes import UINT8_MIDDLE
 from qbench.transposed import swapped
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[..., Any]
 Constants = dict[str, Any]
 LARGEST_EXACT_FLOAT32 = 2**24
 
@@ -120,10 +121,11 @@ class _ConvSums:
 
     def _product(self, windows: Tensor, inputs: slice) -> Tensor:
         n, _, oh, ow, _, _ = windows.shape
+        weight = self.weight[:, inputs].flatten(1).unflatten(0, (self.groups, -1))
         by_group = windows.unflatten(1, (self.groups, -1))[:, :, inputs]
-        columns = by_group.permute(1, 2, 5, 6, 0, 3, 4).reshape(self.groups, -1, n * oh * ow)
-        weight = self.weight[:, inputs].reshape(self.groups, -1, columns.shape[1])
-        return torch.bmm(weight, columns).reshape(-1, n, oh, ow).transpose(0, 1)
+        by_tap = by_group.permute(1, 2, 5, 6, 0, 3, 4)
+        columns = by_tap.reshape(self.groups, weight.shape[2], n * oh * ow)  # no -1: a batch may be empty
+        return torch.bmm(weight, columns).reshape(len(self.weight), n, oh, ow).transpose(0, 1)
 
     def _depthwise(self, windows: Tensor, inputs: slice) -> Tensor:
         """One input a group: tap by tap, in float32 because it is exact here."""
@@ -179,23 +181,27 @@ def _static(sums: Sums, c: Constants) -> Kernel:
     return run
 
 
+def _dynamic_codes(scheme_name: str) -> Callable[[Tensor, tuple[int, ...]], tuple[Tensor, Tensor]]:
+    """Quantizes x with its range over some dimensions: q - z in float64, and the scale with those of size 1."""
+    scheme = option("activation_scheme", scheme_name)
+
+    def codes_of(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        q, scale, zero_point = dynamic_codes(x, over, scheme)
+        return (q - zero_point).double(), scale
+
+    return codes_of
+
+
 def _dynamic(sums: Sums, c: Constants) -> Kernel:
     """Equation (4), after each row (or the whole tensor) was quantized with its own range."""
-    scheme, per_row = option("activation_scheme", c["scheme"]), c["rows"] == "per_row"
+    codes_of, per_row = _dynamic_codes(c["scheme"]), c["rows"] == "per_row"
     weight_scales = [sums.by_output(s) for s in c["weight_scale"].unbind(1)]
     bias = None if c["bias"] is None else sums.by_output(c["bias"])
-    codes = scheme.codes(UINT8_MIDDLE)
 
     def run(x: Tensor) -> Tensor:
-        over = sums.row(x) if per_row else tuple(range(x.dim()))
-        lo, hi = x.amin(over, keepdim=True).double(), x.amax(over, keepdim=True).double()
-        if not bool((lo.isfinite() & hi.isfinite()).all()):
-            raise ValueError("dynamic quantization met a value that is not finite (NaN or infinity)")
-        scale, zero_point = scheme.choose(lo.clamp(max=0), hi.clamp(min=0), UINT8_MIDDLE)
-        q = quantize(x, scale, zero_point, *codes)
+        codes, scale = codes_of(x, sums.row(x) if per_row or not len(x) else tuple(range(x.dim())))
         terms = (
-            acc.float() * (scale * weight_scale)
-            for acc, weight_scale in zip(sums((q - zero_point).double()), weight_scales, strict=True)
+            acc.float() * (scale * weight_scale) for acc, weight_scale in zip(sums(codes), weight_scales, strict=True)
         )
         total: Tensor = functools.reduce(torch.add, terms)
         return total if bias is None else total + bias
@@ -242,6 +248,21 @@ def _weight_only_conv_transpose(c: Constants, macs: Macs) -> Kernel:
         lambda x, weight, bias: transpose(x, swapped(weight, groups), bias, *window),
         lambda x, y: x.numel() // inputs * c["weight"].numel(),
     )
+
+
+def _lstm_sums(c: Constants, name: str, macs: Macs) -> _LinearSums:
+    """The sums of one of an LSTM's two products."""
+    held = {f"weight{part}": c[f"{name}{part}"] for part in ("", "_scale", "_zero_point")}
+    return _LinearSums({**held, "block": c[f"{name}_block"]}, macs)
+
+
+def _lstm(c: Constants, macs: Macs) -> Kernel:
+    return reference_lstm.static(_lstm_sums(c, "weight_ih", macs), _lstm_sums(c, "weight_hh", macs), c)
+
+
+def _dynamic_lstm(c: Constants, macs: Macs) -> Kernel:
+    products = _lstm_sums(c, "weight_ih", macs), _lstm_sums(c, "weight_hh", macs)
+    return reference_lstm.dynamic(*products, _dynamic_codes(c["scheme"]), c)
 
 
 # --- between layers --------------------------------------------------------------------------------------------------
@@ -353,6 +374,13 @@ MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
     "weight_only_linear": lambda c, macs: _weight_only(c, macs, functional.linear),
     "weight_only_conv": _weight_only_conv,
     "weight_only_conv_transpose": _weight_only_conv_transpose,
+    "lstm": _lstm,
+    "dynamic_lstm": _dynamic_lstm,
+    "weight_only_lstm": reference_lstm.weight_only,
+    "embedding": transformer.embedding,
+    "attention": transformer.attention,
+    "dynamic_attention": transformer.dynamic_attention,
+    "layer_norm": transformer.layer_norm,
     "add": _add,
     "mul": _mul,
     "mean": _mean,
@@ -369,7 +397,7 @@ def make(name: str, constants: Constants, macs: Macs) -> Kernel:
     """The kernel of an operation of `qbench.ops`, with its constants bound and its name set for the printed code."""
     kernel = MAKERS[name](constants, macs)
 
-    def named(*activations: Tensor) -> Tensor:
+    def named(*activations: Tensor | None) -> Any:
         return kernel(*activations)
 
     named.__name__, named.__module__ = name, __name__
