@@ -158,7 +158,7 @@ def simulate_node(plan: Plan, node: fx.Node, values: dict[str, Tensor], watch: W
 
 
 def simulate_lstm(
-    plan: Plan, node: fx.Node, x: Tensor, states: list[Tensor | None], watch: Watch
+    plan: Plan, node: fx.Node, x: Tensor, states: list[Tensor | None], watch: Watch = _unwatched
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer step by step: h is rounded once, and that value is both the result and the next step's input."""
     weight_ih, weight_hh, bias = lstm_parameters(plan, node)

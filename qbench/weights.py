@@ -62,18 +62,22 @@ def final_weights(task: Task, folder: Path, say: Say | None = None) -> nn.Module
     if task.train is None:
         return model.eval().requires_grad_(False)
     file = task.checkpoint or folder / "weights.safetensors"
-    again = f"delete the folder {folder}" if task.checkpoint is None else f"python -m qbench.train {task.name}"
+    again = f"delete the folder {folder} to make it again"
+    if task.checkpoint is not None:
+        again = f"python -m qbench.train {task.name} makes it again"
     if not file.exists():
-        if say is None or task.checkpoint is not None:
-            raise ValueError(f"{file} is missing; to make it: {again if say else 'run the sweep again'}")
+        if task.checkpoint is not None:
+            raise ValueError(f"{file} is missing; {again}")
+        if say is None:
+            raise ValueError(f"{file} is missing; run the sweep again to train {task.name}")
         say(f"{task.name}: training, once")
         train(task, model, file, say)
     try:
         model.load_state_dict(_read_checked(file))
     except RuntimeError as error:  # torch's word for other names and shapes, on many lines
-        raise ValueError(f"{file} is of another network; to make it again: {again}") from error
+        raise ValueError(f"{file} is of another network; {again}") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{file} is damaged ({error}); to make it again: {again}") from error
+        raise ValueError(f"{file} is damaged ({error}); {again}") from error
     return model.eval().requires_grad_(False)
 
 
