@@ -153,9 +153,10 @@ def _unlift(exported: torch.export.ExportedProgram, leaves: list[Tensor]) -> Net
             tensors[spec.target] = held[spec.target].detach()
             values[node] = graph.get_attr(spec.target)
         else:
-            values[node] = graph.node_copy(node, lambda n: values[n])
-            values[node].target = STANDS_FOR.get(node.target, node.target)
-        values[node].meta = {"val": node.meta.get("val"), "layer": _layer(node)}
+            target = STANDS_FOR.get(node.target, node.target)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            values[node] = graph.create_node(node.op, target, args, kwargs, name=_name(node))
+        values[node].meta = {"val": node.meta.get("val"), "layer": _layer(node, values[node].name)}
     results = pytree.tree_unflatten(
         list(range(len(exported.graph_signature.output_specs))), exported.call_spec.out_spec
     )
@@ -170,7 +171,14 @@ def _unlift(exported: torch.export.ExportedProgram, leaves: list[Tensor]) -> Net
     return Network(graph, tensors, inputs, describe(results))
 
 
-def _layer(node: fx.Node) -> str:
-    """The name of the module that the node comes from; the node's own for a call in the model's own forward."""
+def _name(node: fx.Node) -> str:
+    """The operation's name: torch numbers its nodes differently from version to version."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.split("::")[1])
+    return node.name
+
+
+def _layer(node: fx.Node, own: str) -> str:
+    """The name of the module that the node comes from; its own for a call in the model's own forward."""
     stack = node.meta.get("nn_module_stack")
-    return (list(stack.values())[-1][0] if stack else "") or node.name
+    return (list(stack.values())[-1][0] if stack else "") or own

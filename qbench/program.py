@@ -161,8 +161,10 @@ def _kernel_node(
         if name not in ACTIVATIONS
     }
     kernel = backend.kernel(node, constants, macs)
-    args = tuple(None if a is None else values[a] for a in activations)
-    return graph.create_node("call_function", kernel, args, name=node.name)
+    args = [None if a is None else values[a] for a in activations]
+    while args[-1] is None:
+        args.pop()
+    return graph.create_node("call_function", kernel, tuple(args), name=node.name)
 
 
 def _counting(target: Any, macs: Macs) -> Callable[..., Any]:

@@ -21,7 +21,10 @@ BAD_INPUT = [
     (["task.wdth=3"], ["unknown option 'task.wdth'"]),
     (["task.colour=3"], ["unknown option 'task.colour'", "--help"]),
     (["sweep=all"], ["write +sweep"]),
-    (["+sweep=al"], ["sweep=al", "activations, all, calibration, granularity, observers, smoke", "did you mean all"]),
+    (
+        ["+sweep=al"],
+        ["sweep=al", "activations, all, calibration, ci, granularity, observers, smoke, textbook", "did you mean all"],
+    ),
     (["+sweep=all,smoke"], ["one sweep at a time"]),
     (["+sweep=all", "+sweep=smoke"], ["one sweep at a time"]),
     (["+sweep=tiny", "method=ptqs"], ["method=ptqs", "did you mean ptsq"]),

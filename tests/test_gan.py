@@ -14,6 +14,7 @@ from qbench.metrics import decisions
 from qbench.quantization import quantize_network
 from tasks import fashion_mnist, gan, gan_training, resnet18
 from tasks.batch_norm import settle_batch_norm
+from tasks.classifier import fit, seeded
 
 
 def composed(task):
@@ -70,7 +71,7 @@ def test_evaluation_has_fixed_latents_in_fifty_blocks():
 
 
 def test_the_judge_projects_what_the_classifier_decides_by():
-    classifier = resnet18.build().eval()
+    classifier = seeded(resnet18.network).eval()
     judge = gan.task(source=lambda: classifier).judge()
     normalized = fashion_mnist.evaluation().inputs[0][:4]
     entering = []
@@ -141,8 +142,8 @@ def test_training_learns_to_draw():
     examples = gan.discriminator_task(source=lambda: model).evaluation()
     found = decisions(model.discriminator(examples.inputs[0])) == examples.targets.numpy()
     assert 0.6 < found.mean() < 0.99
-    classifier = resnet18.build()
-    resnet18.fit(None, 0, classifier, quiet)
+    classifier = seeded(resnet18.network)
+    fit(resnet18.SCHEDULE, None, 0, classifier, quiet)
     task = gan.task(source=lambda: classifier)
     evaluation, judge = task.evaluation(), task.judge().requires_grad_(False)
     real, generated = judge(evaluation.targets), judge(model(evaluation.inputs[0]))

@@ -18,6 +18,7 @@ from qbench.task import TaskUnavailable
 from tasks import efficientnet_lite0, fashion_mnist, mobilenet_v2, photos, resnet18, wheel
 from tasks import torchvision as any_torchvision
 from tasks.batch_norm import settle_batch_norm
+from tasks.classifier import seeded
 from tasks.small_maps import small_maps_as_products
 from tasks.training import Schedule, one_cycle, train
 
@@ -136,7 +137,7 @@ TRAINED = {"resnet18": (resnet18, "conv1"), "mobilenet_v2": (mobilenet_v2, "feat
 @pytest.mark.parametrize("name", TRAINED)
 def test_network_is_torchvisions_but_for_the_first_convolution_and_the_classes(name):
     module, first = TRAINED[name]
-    own, theirs = module.build(), torchvision.models.get_model(name, weights=None, num_classes=10)
+    own, theirs = seeded(module.network), torchvision.models.get_model(name, weights=None, num_classes=10)
     changed = [
         key for (key, a), (_, b) in zip(own.named_modules(), theirs.named_modules(), strict=True) if repr(a) != repr(b)
     ]
@@ -152,7 +153,7 @@ def test_network_is_torchvisions_but_for_the_first_convolution_and_the_classes(n
 def test_build_is_seeded_and_leaves_the_callers_random_state(name):
     module, first = TRAINED[name]
     before = torch.random.get_rng_state()
-    weights = [module.build(seed).get_submodule(first).weight for seed in (0, 0, 1)]
+    weights = [seeded(module.network, seed).get_submodule(first).weight for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(before, torch.random.get_rng_state())
@@ -176,7 +177,7 @@ def test_training_reaches_the_promised_score(name, score):
 
 
 def small_training(seed=0, steps=2):
-    model = resnet18.build()
+    model = seeded(resnet18.network)
     generator = torch.Generator().manual_seed(1)
     images, labels = torch.randn(8 * steps, 1, 28, 28, generator=generator), torch.arange(8 * steps) % 10
     train(model, images, labels, Schedule(sizes=((16, 1), (28, 1)), batch=8, learning_rate=0.05), seed, quiet)
@@ -194,7 +195,9 @@ def test_training_leaves_an_ordinary_network_in_evaluation_mode():
     model = small_training()
     assert not any(module.training for module in model.modules())
     assert all(parameter.is_contiguous() for parameter in model.parameters())
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in resnet18.build().named_parameters()]
+    assert [name for name, _ in model.named_parameters()] == [
+        name for name, _ in seeded(resnet18.network).named_parameters()
+    ]
     assert not any("forward" in vars(module) for module in model.modules())
 
 

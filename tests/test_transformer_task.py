@@ -172,5 +172,5 @@ def test_the_layers_of_the_encoder_have_weights_of_their_own() -> None:
     assert torch.equal(first, task.build().layers[0].linear1.weight)
     assert not model.training
     (x,) = task.evaluation().inputs
-    assert x.shape == (32, 128, 384)
+    assert x.shape == (64, 128, 384)
     assert not any(torch.equal(x[0], y) for (batch,) in task.calibration() for y in batch)
