@@ -1,6 +1,12 @@
 """Settings that all tests share."""
 
+import os
 from collections.abc import Iterator
+
+# Workers side by side, and the processes that they start, on one thread each: two threads each on the same cores wait
+# for each other, and are ten times slower. Before anything loads torch.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
