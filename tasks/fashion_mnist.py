@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qbench.task import Examples
+from tasks.embedded import read_checked
 
 EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist"
 CLASSES = 10
@@ -65,18 +63,7 @@ def fine_tuning() -> list[tuple[Tensor, ...]]:
 
 def read_idx(path: Path, sha256: str) -> np.ndarray:
     """Reads a uint8 idx file, gzipped where its name ends in .gz; ValueError unless its content has that sha256."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, Fashion-MNIST needs it") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}), restore it from the repository") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path}: content has sha256 {found[:12]}..., expected {sha256[:12]}..., restore the file")
-    return parse_idx(content, str(path))
+    return parse_idx(read_checked(path, sha256), str(path))
 
 
 def parse_idx(content: bytes, name: str) -> np.ndarray:

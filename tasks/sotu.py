@@ -6,9 +6,6 @@ follow each of them as targets.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qbench.task import Examples
+from tasks.embedded import read_checked
 
 EMBEDDED = Path(__file__).parent / "data" / "sotu"
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))  # a character's number is its place
@@ -85,13 +83,4 @@ def encode(text: str) -> Tensor:
 
 def read_text(path: Path, sha256: str) -> str:
     """The ASCII text of a gzipped file. Raises ValueError unless its content has that sha256."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, restore it from the repository") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}), restore it from the repository") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path}: content has sha256 {found[:12]}..., expected {sha256[:12]}..., restore the file")
-    return content.decode("ascii")
+    return read_checked(path, sha256).decode("ascii")

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import zlib
 from pathlib import Path
 
 import torch
@@ -15,6 +12,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from qbench.task import Examples
+from tasks.embedded import read_checked
 
 EMBEDDED = Path(__file__).parent / "data" / "watch" / "watch.safetensors.gz"
 SHA256 = "140805d551ee68a934ac2793eba6d17d0586036184ca0299575f46b805a631c9"  # of its content
@@ -57,16 +55,7 @@ def read(path: Path = EMBEDDED, sha256: str = SHA256) -> dict[str, Tensor]:
 
     Raises ValueError for a file that is missing or whose content has another sha256.
     """
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, restore it from the repository") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}), restore it from the repository") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path}: content has sha256 {found[:12]}..., expected {sha256[:12]}..., restore the file")
-    return load(content)
+    return load(read_checked(path, sha256))
 
 
 def held_out_recordings(subject: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def test_full_data_takes_a_folder_of_plain_or_gzipped_files(tmp_path, monkeypatc
 
 def test_a_missing_folder_is_named():
     with pytest.raises(
-        ValueError, match=r"^/nowhere/train-images-idx3-ubyte.gz: no such file, Fashion-MNIST needs it$"
+        ValueError, match=r"^/nowhere/train-images-idx3-ubyte.gz: no such file, restore it from the repository$"
     ):
         fashion_mnist.training("/nowhere")
 
