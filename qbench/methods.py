@@ -156,7 +156,7 @@ class qat:
     `steps` and `learning_rate` are those of the built-in training; see qbench.distillation.
     """
 
-    steps: int = 24
+    steps: int = 20
     learning_rate: float = 0.003
     name: ClassVar[str] = "qat"
     label: ClassVar[str] = "qat"
