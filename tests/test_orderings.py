@@ -96,8 +96,9 @@ def test_groups_beat_channels(trained, scheme):
     assert trained.sqnr_db("woq", "per_group", scheme) > trained.sqnr_db("woq", "per_channel", scheme)
 
 
+@pytest.mark.parametrize("trained", ["mobilenet_v2"], indirect=True)
 def test_an_affine_weight_beats_a_symmetric_one_where_a_tensor_is_lopsided(trained):
-    """The extremes of a whole tensor are far apart in size; those of a channel may be alike, and then it is a draw."""
+    """As MobileNetV2's whole tensors are. ResNet-18's reach as far down as up, and there it is chance who wins."""
     assert trained.sqnr_db("woq", "per_tensor", "affine") > trained.sqnr_db("woq", "per_tensor", "symmetric")
 
 
