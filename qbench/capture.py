@@ -175,7 +175,7 @@ def _name(node: fx.Node) -> str:
     """The operation's name: torch numbers its nodes differently from version to version."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target._schema.name.split("::")[1])
-    return node.name
+    return str(node.name)
 
 
 def _layer(node: fx.Node, own: str) -> str:
