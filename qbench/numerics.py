@@ -6,6 +6,7 @@ except the backends, which must agree with these functions bit for bit.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,14 +90,17 @@ def dynamic_codes(x: Tensor, over: tuple[int, ...], scheme: Scheme) -> tuple[Ten
 
 def quantize(x: Tensor, scale: float | Tensor, zero_point: int | Tensor, q_min: int, q_max: int) -> Tensor:
     """Codes of x as int32: a true division, half to even, clamped before conversion, NaN to the lowest code."""
-    return saturate(torch.div(x, scale), zero_point, q_min, q_max)
+    return saturate_(torch.div(x, scale), zero_point, q_min, q_max)
 
 
-def saturate(v: Tensor, zero_point: int | Tensor, q_min: int, q_max: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    """R(v) = int(min(max(rne(v), q_min - zero_point), q_max - zero_point)) + zero_point; NaN gives q_min."""
+def saturate_(v: Tensor, zero_point: int | Tensor, q_min: int, q_max: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """R(v) = int(min(max(rne(v), q_min - zero_point), q_max - zero_point)) + zero_point; NaN gives q_min.
+
+    v is overwritten: the pages of fresh memory would cost more than the arithmetic.
+    """
     offset = torch.as_tensor(zero_point, dtype=v.dtype)
-    bounded = torch.fmax(torch.round(v), q_min - offset)  # fmax takes the number where the other one is NaN
-    return torch.minimum(bounded, q_max - offset).add_(offset).to(dtype)
+    rounded = v.round_().nan_to_num_(-math.inf, math.inf, -math.inf)
+    return rounded.clamp_(q_min - offset, q_max - offset).add_(offset).to(dtype)
 
 
 def dequantize(q: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:

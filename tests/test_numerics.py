@@ -103,7 +103,7 @@ def test_zero_is_exact(a: float, b: float, scheme: str) -> None:
 def test_saturate_is_the_specification(values: list[float], zero_point: int, a: int, b: int) -> None:
     q_min, q_max = min(a, b), max(a, b)
     want = [oracle.requantize(value, zero_point, q_min, q_max) for value in values]
-    assert numerics.saturate(f32(values), zero_point, q_min, q_max).tolist() == want
+    assert numerics.saturate_(f32(values), zero_point, q_min, q_max).tolist() == want
 
 
 @given(SCALES, SCALES, SCALES)

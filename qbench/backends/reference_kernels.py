@@ -1,7 +1,9 @@
-"""The specification, executed: integer sums as exact float64 matrix products, every float32 step rounded on its own.
+"""The specification, executed: integer sums as exact matrix products of floats, every float32 step rounded on its own.
 
-A float64 holds every integer below 2^53, so these sums are exact whatever the order, the thread count or the CPU;
-float32 convolutions (inexact above 2^24) and torch._int_mm (saturates on some CPUs) would not be.
+A float32 holds every integer up to 2^24, a float64 up to 2^53: where a layer's own weights keep its sums within 2^24
+(most do) they are formed in float32, elsewhere in float64, so they are exact whatever the order, the thread count or
+the CPU. (The factors have 8 bits: exact even where torch may use bfloat16 for float32 products.) A float32 convolution
+without that bound and torch._int_mm (saturates on some CPUs) would not be exact.
 
     (1) layer         R(f32(acc) * m [+ f32(q_r - z_r) * m_r]),  m = f32(s_x s_w / s_y), m_r = f32(s_r / s_y)
     (2) in blocks     t = f32(b / s_y);  t = t + f32(acc_g) * m_g  for each block g;  R(t)
@@ -23,7 +25,7 @@ from torch.nn import functional
 from qbench.backends import reference_lstm
 from qbench.backends import reference_transformer as transformer
 from qbench.backends.reference_transposed import TransposedSums
-from qbench.numerics import centred, dequantize, dequantize_weight, dynamic_codes, multiplier, quantize, saturate
+from qbench.numerics import centred, dequantize, dequantize_weight, dynamic_codes, multiplier, quantize, saturate_
 from qbench.recipe import option
 from qbench.transposed import swapped
 
@@ -43,33 +45,39 @@ def _shifted(x: Tensor, zero_point: int, dtype: torch.dtype = torch.float64) -> 
 
 
 def _requantizer(c: Constants) -> Callable[[Tensor], Tensor]:
-    """R of an operation's result."""
-    return lambda v: saturate(v, c["zero_point"], c["q_min"], c["q_max"], torch.uint8)
+    """R of an operation's result, which is overwritten."""
+    return lambda v: saturate_(v, c["zero_point"], c["q_min"], c["q_max"], torch.uint8).contiguous()
 
 
 def _clamped(c: Constants) -> Callable[[Tensor], Tensor]:
     """The clamp of a float result, where the activation has no codes to narrow."""
     bounds = c["low"], c["high"]
-    return (lambda v: v) if bounds == (None, None) else lambda v: v.clamp(*bounds)
+    return (lambda v: v.contiguous()) if bounds == (None, None) else lambda v: v.clamp(*bounds).contiguous()
 
 
 # --- integer sums ----------------------------------------------------------------------------------------------------
 
 
 def _centred_weight(c: Constants) -> Tensor:
-    """q_w - z_w in float64."""
-    zero_point = c["weight_zero_point"]
+    """q_w - z_w, in the smallest float type in which every sum of the layer is exact: 255 sum |q_w - z_w| + |b_q|."""
+    zero_point, bias = c["weight_zero_point"], c["bias"]
     zero_point = torch.zeros_like(c["weight_scale"], dtype=torch.int8) if zero_point is None else zero_point
-    return centred(c["weight"], zero_point, c["block"]).double()
+    weight = centred(c["weight"], zero_point, c["block"]).double()
+    largest = 255 * float(weight.flatten(1).abs().sum(1).amax()) if weight.numel() else 0.0
+    if bias is not None and not bias.is_floating_point() and bias.numel():
+        largest += float(bias.double().abs().amax())
+    return weight.float() if largest <= LARGEST_EXACT_FLOAT32 else weight
 
 
 class _LinearSums:
-    """acc[..., o] = sum_i x[..., i] w[o, i], one tensor for each block of inputs."""
+    """acc[..., o] = sum_i x[..., i] w[o, i] of integers x, one tensor for each block of inputs."""
 
     def __init__(self, c: Constants, macs: Macs) -> None:
         self.weight, self.block, self.macs = _centred_weight(c), c["block"], macs
+        self.dtype = self.weight.dtype
 
     def __call__(self, x: Tensor) -> Iterator[Tensor]:
+        x = x.to(self.dtype)
         self.macs.int8 += x.shape[:-1].numel() * self.weight.numel()
         for first in range(0, self.weight.shape[1], self.block):
             inputs = slice(first, first + self.block)
@@ -85,58 +93,60 @@ class _LinearSums:
 
 
 class _ConvSums:
-    """acc[n, o, ...] = x [n, c, ...] convolved with w [o, c / groups, ...], one tensor for each block of inputs."""
+    """acc[n, o, ...] = x [n, c, ...] convolved with w [o, c / groups, ...], one tensor for each block of inputs.
+
+    In memory the channels come last: the pixels of a 1 x 1 kernel are the rows of a matrix as they lie.
+    """
 
     def __init__(self, c: Constants, macs: Macs) -> None:
         self.flat = c["weight"].dim() == 3  # one dimension is computed as two, the first of size 1
         weight = _centred_weight(c)
+        self.dtype = weight.dtype
         self.weight = weight.unsqueeze(2) if self.flat else weight
         self.stride = [1] * self.flat + c["stride"]
         self.padding = [0] * self.flat + c["padding"]
         self.dilation = [1] * self.flat + c["dilation"]
         self.groups, self.block, self.macs = c["groups"], c["block"], macs
-        taps = math.prod(self.weight.shape[2:])
-        one_input_a_group = self.weight.shape[1] == 1 and self.groups > 1
-        self.depthwise = one_input_a_group and taps * 255 * 255 < LARGEST_EXACT_FLOAT32
+        self.depthwise = self.weight.shape[1] == 1 and self.groups > 1
 
     def __call__(self, x: Tensor) -> Iterator[Tensor]:
+        x = x.to(self.dtype)
         windows = self._windows(x.unsqueeze(2) if self.flat else x)
-        self.macs.int8 += windows.shape[0] * windows.shape[2] * windows.shape[3] * self.weight.numel()
+        self.macs.int8 += windows.shape[:3].numel() * self.weight.numel()
+        product = self._depthwise if self.depthwise else self._product
         for first in range(0, self.weight.shape[1], self.block):
-            product = self._depthwise if self.depthwise else self._product
-            sums = product(windows, slice(first, first + self.block))
+            sums = product(windows, slice(first, first + self.block)).permute(0, 3, 1, 2)
             yield sums.squeeze(2) if self.flat else sums
 
     def _windows(self, x: Tensor) -> Tensor:
-        """A view [n, c, oh, ow, kh, kw] of the padded input; x is centred: zero is the zero point."""
+        """A view [n, oh, ow, kh, kw, c] of the padded input; x is centred: zero is the zero point."""
         (ph, pw), (sh, sw), (dh, dw) = self.padding, self.stride, self.dilation
-        x = functional.pad(x, (pw, pw, ph, ph))
+        x = functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)) if ph or pw else x.permute(0, 2, 3, 1)
         kh, kw = self.weight.shape[2:]
-        oh = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
-        ow = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        oh = (x.shape[1] - dh * (kh - 1) - 1) // sh + 1
+        ow = (x.shape[2] - dw * (kw - 1) - 1) // sw + 1
         if min(oh, ow) < 1:
-            raise ValueError(f"a kernel of {kh} x {kw} does not fit into a padded input of {x.shape[2]} x {x.shape[3]}")
-        n, c, h, w = x.stride()
-        return x.as_strided((x.shape[0], x.shape[1], oh, ow, kh, kw), (n, c, h * sh, w * sw, h * dh, w * dw))
+            raise ValueError(f"a kernel of {kh} x {kw} does not fit into a padded input of {x.shape[1]} x {x.shape[2]}")
+        n, h, w, c = x.stride()
+        return x.as_strided((x.shape[0], oh, ow, kh, kw, x.shape[3]), (n, h * sh, w * sw, h * dh, w * dw, c))
 
     def _product(self, windows: Tensor, inputs: slice) -> Tensor:
-        n, _, oh, ow, _, _ = windows.shape
-        weight = self.weight[:, inputs].flatten(1).unflatten(0, (self.groups, -1))
-        by_group = windows.unflatten(1, (self.groups, -1))[:, :, inputs]
-        by_tap = by_group.permute(1, 2, 5, 6, 0, 3, 4)
-        columns = by_tap.reshape(self.groups, weight.shape[2], n * oh * ow)  # no -1: a batch may be empty
-        return torch.bmm(weight, columns).reshape(len(self.weight), n, oh, ow).transpose(0, 1)
+        n, oh, ow, _, _, _ = windows.shape
+        by_group = windows.unflatten(5, (self.groups, -1))[..., inputs].permute(5, 0, 1, 2, 3, 4, 6)
+        weight = self.weight[:, inputs].permute(0, 2, 3, 1).flatten(1).unflatten(0, (self.groups, -1))
+        columns = by_group.reshape(self.groups, n * oh * ow, weight.shape[2])  # no -1: a batch may be empty
+        return torch.bmm(columns, weight.transpose(1, 2)).transpose(0, 1).reshape(n, oh, ow, len(self.weight))
 
     def _depthwise(self, windows: Tensor, inputs: slice) -> Tensor:
-        """One input a group: tap by tap, in float32 because it is exact here."""
-        kh, kw = windows.shape[4:]
-        multiple = self.weight.shape[0] // windows.shape[1]
-        windows = windows.float().repeat_interleave(multiple, 1) if multiple > 1 else windows
-        taps = self.weight.float()
-        sums = torch.zeros(windows.shape[:4])
+        """One input a group: tap by tap."""
+        kh, kw, channels = windows.shape[3:]
+        multiple = self.weight.shape[0] // channels
+        windows = windows.repeat_interleave(multiple, 5) if multiple > 1 else windows
+        taps = self.weight[:, 0].permute(1, 2, 0).contiguous()
+        sums = windows.new_zeros(*windows.shape[:3], len(self.weight))
         for i in range(kh):
             for j in range(kw):
-                sums += windows[..., i, j].float() * taps[:, :, i, j, None]
+                sums += windows[:, :, :, i, j] * taps[i, j]
         return sums
 
     def by_output(self, per_output: Tensor) -> Tensor:
@@ -165,29 +175,29 @@ def _static(sums: Sums, c: Constants) -> Kernel:
     residual_multiplier = multiplier(c["residual_scale"], 1.0, y_scale)
     bias, finish = c["bias"], _clamped(c) if c["scale"] is None else _requantizer(c)
     on_grid = bias is not None and not bias.is_floating_point()
-    grid_bias = sums.by_output(bias.double()) if on_grid else None
+    grid_bias = sums.by_output(bias.to(sums.dtype)) if on_grid else None
     start = None if bias is None or on_grid else sums.by_output((bias.double() / y_scale).float())
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         total = start
-        for acc, m in zip(sums(_shifted(x, c["x_zero_point"])), multipliers, strict=True):
-            term = (acc if grid_bias is None else acc + grid_bias).float() * m
-            total = term if total is None else total + term
+        for acc, m in zip(sums(_shifted(x, c["x_zero_point"], sums.dtype)), multipliers, strict=True):
+            term = (acc if grid_bias is None else acc.add_(grid_bias)).float().mul_(m)
+            total = term if total is None else term.add_(total)
         assert total is not None
         if residual is not None:
-            total = total + _shifted(residual, c["residual_zero_point"], torch.float32) * residual_multiplier
+            total.add_(_shifted(residual, c["residual_zero_point"], torch.float32).mul_(residual_multiplier))
         return finish(total)
 
     return run
 
 
 def _dynamic_codes(scheme_name: str) -> Callable[[Tensor, tuple[int, ...]], tuple[Tensor, Tensor]]:
-    """Quantizes x with its range over some dimensions: q - z in float64, and the scale with those of size 1."""
+    """Quantizes x with its range over some dimensions: q - z as int32, and the scale with those of size 1."""
     scheme = option("activation_scheme", scheme_name)
 
     def codes_of(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         q, scale, zero_point = dynamic_codes(x, over, scheme)
-        return (q - zero_point).double(), scale
+        return q - zero_point, scale
 
     return codes_of
 
@@ -200,11 +210,10 @@ def _dynamic(sums: Sums, c: Constants) -> Kernel:
 
     def run(x: Tensor) -> Tensor:
         codes, scale = codes_of(x, sums.row(x) if per_row or not len(x) else tuple(range(x.dim())))
-        terms = (
-            acc.float() * (scale * weight_scale) for acc, weight_scale in zip(sums(codes), weight_scales, strict=True)
-        )
-        total: Tensor = functools.reduce(torch.add, terms)
-        return total if bias is None else total + bias
+        scales = (scale * weight_scale for weight_scale in weight_scales)
+        terms = (acc.float().mul_(s) for acc, s in zip(sums(codes), scales, strict=True))
+        total: Tensor = functools.reduce(lambda total, term: term.add_(total), terms)
+        return (total if bias is None else total.add_(bias)).contiguous()
 
     return run
 
@@ -253,7 +262,7 @@ def _weight_only_conv_transpose(c: Constants, macs: Macs) -> Kernel:
 def _lstm_sums(c: Constants, name: str, macs: Macs) -> _LinearSums:
     """The sums of one of an LSTM's two products."""
     held = {f"weight{part}": c[f"{name}{part}"] for part in ("", "_scale", "_zero_point")}
-    return _LinearSums({**held, "block": c[f"{name}_block"]}, macs)
+    return _LinearSums({**held, "block": c[f"{name}_block"], "bias": c["bias"]}, macs)
 
 
 def _lstm(c: Constants, macs: Macs) -> Kernel:
@@ -281,7 +290,9 @@ def _add(c: Constants, macs: Macs) -> Kernel:
     m_a = multiplier(c["a_scale"], 1.0, c["scale"])
     m_b = multiplier(c["b_scale"], c["alpha"], c["scale"])
     a_zero, b_zero, requantize = c["a_zero_point"], c["b_zero_point"], _requantizer(c)
-    return lambda a, b: requantize(_shifted(a, a_zero, torch.float32) * m_a + _shifted(b, b_zero, torch.float32) * m_b)
+    return lambda a, b: requantize(
+        _shifted(a, a_zero, torch.float32).mul_(m_a) + _shifted(b, b_zero, torch.float32).mul_(m_b)
+    )
 
 
 def _mul(c: Constants, macs: Macs) -> Kernel:

@@ -46,7 +46,7 @@ def static(x_sums: Sums, h_sums: Sums, k: Constants) -> Callable[..., Results]:
     on_grid = bias is not None and not bias.is_floating_point()
 
     def products_of_x(x: Tensor) -> Tensor:
-        sums = zip(x_sums(x.double() - x_zero), x_multipliers, strict=True)
+        sums = zip(x_sums(x.int() - x_zero), x_multipliers, strict=True)
         return _total(((acc + bias if on_grid else acc).float() * m for acc, m in sums), None if on_grid else bias)
 
     def run(x: Tensor, h: Tensor | None = None, c: Tensor | None = None) -> Results:
@@ -55,7 +55,7 @@ def static(x_sums: Sums, h_sums: Sums, k: Constants) -> Callable[..., Results]:
         c = _state(c, x, k)
         codes = []
         for gates in products_of_x(x).unbind(0):
-            sums = zip(h_sums(q.double() - h_zero), h_multipliers, strict=True)
+            sums = zip(h_sums(q.int() - h_zero), h_multipliers, strict=True)
             gates = _total((acc.float() * m for acc, m in sums), gates)
             value, c = cell(gates, c)
             q = quantize(value, scale, h_zero, k["q_min"], k["q_max"])

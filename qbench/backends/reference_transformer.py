@@ -29,7 +29,7 @@ from qbench.numerics import (
     dynamic_codes,
     multiplier,
     round_to_float32,
-    saturate,
+    saturate_,
     spread,
 )
 from qbench.recipe import option
@@ -44,7 +44,7 @@ SAMPLES = 4
 
 def _requantized(v: Tensor, c: Constants) -> Tensor:
     """R(v) with the result's zero point and codes."""
-    return saturate(v, c["zero_point"], c["q_min"], c["q_max"], torch.uint8)
+    return saturate_(v, c["zero_point"], c["q_min"], c["q_max"], torch.uint8)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def attention(c: Constants, macs: Macs) -> Kernel:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (x.double() - c[f"{name}_zero_point"] for name, x in (("q", q), ("k", k), ("v", v)))
         e = shifted_exp(_scores(sums(q, k.transpose(-2, -1)), m_scores, mask, c["causal"]))
-        p = saturate(e * (255.0 / lane_sum(e)), 0, 0, 255, torch.float64)  # 0 * inf in a row hidden whole: R gives 0
+        p = saturate_(e * (255.0 / lane_sum(e)), 0, 0, 255, torch.float64)  # 0 * inf in a row hidden whole: R gives 0
         return _requantized(sums(p, v).float() * m, c)
 
     return _by_samples(run)

@@ -1,4 +1,4 @@
-"""The integer sums of a transposed convolution: one exact float64 matrix product, then each product to its place.
+"""The integer sums of a transposed convolution: one exact matrix product, then each product to its place.
 
 Input pixel p times tap k belongs to output pixel stride * p + dilation * k - padding. What falls outside is dropped;
 what nothing reaches (output padding, gaps between strides) is a sum of nothing, 0.
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 class TransposedSums:
     """acc[n, o, ...] from centred x [n, c, ...] and centred weight [o, c / groups, ...], one for each block of inputs.
 
-    Both float64. Inserted zeros are neither multiplied nor counted.
+    The weight has the float type in which the sums are exact. Inserted zeros are neither multiplied nor counted.
     """
 
     def __init__(self, weight: Tensor, c: dict[str, Any], macs: Macs) -> None:
+        self.dtype = weight.dtype
         self.flat = weight.dim() == 3  # one dimension is computed as two, the first of size 1
         self.weight = weight.unsqueeze(2) if self.flat else weight
         self.stride = [1] * self.flat + c["stride"]
@@ -34,7 +35,7 @@ class TransposedSums:
         self.groups, self.block, self.macs = c["groups"], c["block"], macs
 
     def __call__(self, x: Tensor) -> Iterator[Tensor]:
-        x = x.unsqueeze(2) if self.flat else x
+        x = x.to(self.dtype).unsqueeze(2) if self.flat else x.to(self.dtype)
         n, _, h, w = x.shape
         self.macs.int8 += n * h * w * self.weight.numel()
         by_group = x.unflatten(1, (self.groups, -1))
