@@ -136,6 +136,8 @@ def lower_graph(program: Program, backend: Backend, macs: Macs) -> fx.GraphModul
             values[node] = graph.call_function(kernel, *fx.map_arg((node.args, node.kwargs), lambda n: values[n]))
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])
+            if node.op == "call_function":
+                values[node].target = backend.call(node.target)
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op == "get_attr":

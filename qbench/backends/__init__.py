@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from qbench.program import Macs
 
-__all__ = ["reference"]
+__all__ = ["native", "reference"]
 
 
 class Backend(Protocol):
@@ -30,6 +30,32 @@ class Backend(Protocol):
         """
         ...
 
+    def call(self, target: Any) -> Callable[..., Any]:
+        """What runs a call of aten in the program, one that moves codes or computes in float: most often itself."""
+        ...
+
+
+@dataclass(frozen=True)
+class native:
+    """The built-in engine (qbench/native): C++ kernels for the instruction sets of this CPU."""
+
+    name: ClassVar[str] = "native"
+    label: ClassVar[str] = "native"
+    latency_is_result: ClassVar[bool] = True
+
+    def kernel(self, node: fx.Node, constants: dict[str, Any], macs: Macs) -> Callable[..., Any]:
+        """See Backend. Raises NativeUnavailable where the engine is not built."""
+        from qbench.backends.native_kernels import make
+
+        return make(node.target._schema.name.split("::")[1], constants, macs)
+
+    def call(self, target: Any) -> Callable[..., Any]:
+        """See Backend."""
+        from qbench.backends.native_kernels import CALLS
+
+        found: Callable[..., Any] = CALLS[target](target) if target in CALLS else target
+        return found
+
 
 @dataclass(frozen=True)
 class reference:
@@ -44,3 +70,8 @@ class reference:
         from qbench.backends.reference_kernels import make
 
         return make(node.target._schema.name.split("::")[1], constants, macs)
+
+    def call(self, target: Any) -> Callable[..., Any]:
+        """See Backend."""
+        found: Callable[..., Any] = target
+        return found

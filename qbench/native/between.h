@@ -1,0 +1,151 @@
+// What stands between layers: codes made, joined, averaged, looked up. Loops that the compiler vectorizes.
+
+namespace {
+
+template <class F>
+void in_parts(int64_t count, const F& run) {
+  const int threads = threads_for(count, WORTH_A_THREAD_BYTES);
+  if (threads == 1) return run(int64_t(0), count);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
+    run(count * part / parts, count * (part + 1) / parts);
+  }
+}
+
+void quantize(const float* x, int64_t count, float scale, Codes codes, uint8_t* y) {
+  in_parts(count, [=](int64_t i, int64_t end) {
+    for (; i < end; ++i) y[i] = codes.of(x[i] / scale);
+  });
+}
+
+// Scale and zero point of a range that holds 0 (qbench/schemes.py).
+void range_to_scale(double low, double high, bool affine, float& scale, int32_t& zero_point) {
+  const double width = affine ? high - low : std::max(-low, high);
+  double s = width > 0 ? width / (affine ? 255.0 : 127.0) : 1.0;
+  s = std::min(std::max(s, 0x1p-60), 0x1p60);
+  scale = float(s);
+  zero_point = affine ? int32_t(std::min(std::max(std::nearbyint(-low / double(scale)), 0.0), 255.0)) : 128;
+}
+
+int32_t quantize_rows(const float* x, int64_t rows, int64_t count, bool affine, uint8_t* y, float* scales,
+                      int32_t* zero_points) {
+  int32_t odd = 0;
+  const int threads = threads_for(rows * count, WORTH_A_THREAD_BYTES);
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : odd) if (threads > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* at = x + row * count;
+    float low[TILE], high[TILE];
+    int32_t exponents = 0;
+    for (int j = 0; j < TILE; ++j) low[j] = high[j] = 0.0f;
+    int64_t i = 0;
+    for (; i + TILE <= count; i += TILE)
+      for (int j = 0; j < TILE; ++j) {
+        const float v = at[i + j];
+        low[j] = v < low[j] ? v : low[j];
+        high[j] = v > high[j] ? v : high[j];
+        exponents |= (bits_of(v) & 0x7F800000) == 0x7F800000;
+      }
+    for (; i < count; ++i) {
+      low[0] = std::min(low[0], at[i]);
+      high[0] = std::max(high[0], at[i]);
+      exponents |= (bits_of(at[i]) & 0x7F800000) == 0x7F800000;
+    }
+    for (int j = 1; j < TILE; ++j) low[0] = std::min(low[0], low[j]), high[0] = std::max(high[0], high[j]);
+    if (exponents) {
+      odd = 1;
+      continue;
+    }
+    range_to_scale(low[0], high[0], affine, scales[row], zero_points[row]);
+    const Codes codes(zero_points[row], affine ? 0 : 1, 255);
+    const float scale = scales[row];
+    uint8_t* out = y + row * count;
+    for (int64_t k = 0; k < count; ++k) out[k] = codes.of(at[k] / scale);
+  }
+  return odd;
+}
+
+void dequantize(const uint8_t* x, int64_t count, float scale, int32_t zero_point, float* y) {
+  in_parts(count, [=](int64_t i, int64_t end) {
+    for (; i < end; ++i) y[i] = float(int32_t(x[i]) - zero_point) * scale;
+  });
+}
+
+void add(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, float m_a, int32_t b_zero, float m_b,
+         Codes codes, uint8_t* y) {
+  in_parts(count, [=](int64_t i, int64_t end) {
+    for (; i < end; ++i) y[i] = codes.of(float(int32_t(a[i]) - a_zero) * m_a + float(int32_t(b[i]) - b_zero) * m_b);
+  });
+}
+
+void mul(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, int32_t b_zero, float m, Codes codes,
+         uint8_t* y) {
+  in_parts(count, [=](int64_t i, int64_t end) {
+    for (; i < end; ++i)
+      y[i] = codes.of(float((int32_t(a[i]) - a_zero) * (int32_t(b[i]) - b_zero)) * m);
+  });
+}
+
+void look_up(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) {
+  in_parts(count, [=](int64_t i, int64_t end) {
+    for (; i < end; ++i) y[i] = table[x[i]];
+  });
+}
+
+void max_pool(const uint8_t* x, const Window& v, int64_t samples, uint8_t* y) {
+  const int64_t lines = samples * v.out_height;
+  const int threads = threads_for(lines * v.out_width * v.channels * v.kernel_height * v.kernel_width,
+                                  WORTH_A_THREAD_BYTES);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t line = 0; line < lines; ++line) {
+    const int64_t sample = line / v.out_height, top = line % v.out_height * v.stride_height - v.padding_height;
+    for (int64_t column = 0; column < v.out_width; ++column) {
+      const int64_t left = column * v.stride_width - v.padding_width;
+      uint8_t* out = y + (line * v.out_width + column) * v.channels;
+      std::memset(out, 0, v.channels);
+      for (int64_t i = 0; i < v.kernel_height; ++i)
+        for (int64_t j = 0; j < v.kernel_width; ++j) {
+          const int64_t row = top + i * v.dilation_height, place = left + j * v.dilation_width;
+          if (row < 0 || row >= v.height || place < 0 || place >= v.width) continue;
+          const uint8_t* at = x + ((sample * v.height + row) * v.width + place) * v.channels;
+          for (int64_t c = 0; c < v.channels; ++c) out[c] = std::max(out[c], at[c]);
+        }
+    }
+  }
+}
+
+// R(sum over a window of (q - x_zero) * m of its place): the windows' ends along each axis lie inside the image.
+void average(const uint8_t* x, const Averaging& a, int64_t samples, Codes codes, uint8_t* y) {
+  const int64_t lines = samples * a.out_height;
+  const int threads = threads_for(samples * a.height * a.width * a.channels, WORTH_A_THREAD_BYTES);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t line = 0; line < lines; ++line) {
+    static thread_local Scratch summed;
+    int64_t* sums = summed.of<int64_t>(a.channels);
+    const int64_t sample = line / a.out_height, i = line % a.out_height;
+    for (int64_t j = 0; j < a.out_width; ++j) {
+      const int64_t pixels = (a.bottoms[i] - a.tops[i]) * (a.rights[j] - a.lefts[j]);
+      std::fill(sums, sums + a.channels, -pixels * a.x_zero);
+      for (int64_t row = a.tops[i]; row < a.bottoms[i]; ++row)
+        for (int64_t column = a.lefts[j]; column < a.rights[j]; ++column) {
+          const uint8_t* at = x + ((sample * a.height + row) * a.width + column) * a.channels;
+          for (int64_t c = 0; c < a.channels; ++c) sums[c] += at[c];
+        }
+      uint8_t* out = y + (line * a.out_width + j) * a.channels;
+      const float m = a.multipliers[i * a.out_width + j];
+      for (int64_t c = 0; c < a.channels; ++c) out[c] = codes.of(float(sums[c]) * m);
+    }
+  }
+}
+
+// R((q - x_zero) * gamma + beta) of each channel.
+void channel_affine(const uint8_t* x, int64_t pixels, int64_t channels, int32_t x_zero, const float* gamma,
+                    const float* beta, Codes codes, uint8_t* y) {
+  in_parts(pixels, [=](int64_t pixel, int64_t end) {
+    for (; pixel < end; ++pixel)
+      for (int64_t c = 0; c < channels; ++c)
+        y[pixel * channels + c] = codes.of(float(int32_t(x[pixel * channels + c]) - x_zero) * gamma[c] + beta[c]);
+  });
+}
+
+}  // namespace

@@ -1,0 +1,49 @@
+"""Builds the engine: run by the package's build hook, or by hand with `python -m qbench.native.build`.
+
+The library links no OpenMP of its own: it uses the pool of threads that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # the hook runs before there is a package
+import sources
+
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp", "-Wall")
+LINK_FLAGS = ("-shared", "-Wl,-z,lazy")
+
+
+def build() -> str | None:
+    """Compile qbench/native/libqbench.so; returns why not, in a line, where that fails."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return "there is no C++ compiler (g++ or clang++)"
+    with tempfile.TemporaryDirectory(dir=sources.FOLDER) as folder:
+        objects = [str(Path(folder) / name) + ".o" for name in sources.COMPILED]
+        library = str(Path(folder) / sources.LIBRARY.name)
+        define = f'-DQB_SOURCES="{sources.sha256()}"'
+        commands = [
+            [compiler, *FLAGS, define, "-c", str(sources.FOLDER / name), "-o", out]
+            for name, out in zip(sources.COMPILED, objects, strict=True)
+        ]
+        for command in [*commands, [compiler, *LINK_FLAGS, "-o", library, *objects]]:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            except OSError as error:
+                return f"{compiler} does not run ({error.strerror})"
+            if done.returncode:
+                return f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+        Path(library).replace(sources.LIBRARY)
+    return None
+
+
+if __name__ == "__main__":
+    if reason := build():
+        raise SystemExit(f"the native backend was not built: {reason}")
+    print(sources.LIBRARY)

@@ -1,0 +1,157 @@
+// The C functions: each hands over to the kernels of the instruction set that runs here.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+#ifndef QB_SOURCES
+#define QB_SOURCES ""
+#endif
+
+namespace {
+
+using namespace qb;
+
+const Kernels& chosen() {
+  const char* forced = std::getenv("QBENCH_ISA");
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool portable_only = forced && !std::strcmp(forced, "portable");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !portable_only) return avx2;
+#endif
+  (void)forced;
+  return portable;
+}
+
+const Kernels& kernels() {
+  static const Kernels& table = chosen();
+  return table;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* qb_sources() { return QB_SOURCES; }
+const char* qb_isa() { return kernels().name; }
+
+int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth) {
+  const int64_t tiles = (outputs + TILE - 1) / TILE;
+  int64_t size = 0;
+  for (int64_t first = 0; first < depth; first += block_depth)
+    size += rounded_up(std::min(block_depth, depth - first), 2) * TILE * tiles * groups;
+  return size;
+}
+
+void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed) {
+  const int64_t tiles = (outputs + TILE - 1) / TILE;
+  for (int64_t group = 0; group < groups; ++group)
+    for (int64_t first = 0; first < depth; first += block_depth) {
+      const int64_t count = std::min(block_depth, depth - first);
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int64_t k = 0; k < rounded_up(count, 2); k += 2)
+          for (int64_t j = 0; j < TILE; ++j)
+            for (int64_t half = 0; half < 2; ++half) {
+              const int64_t output = tile * TILE + j;
+              const bool there = output < outputs && k + half < count;
+              *packed++ = there ? weight[(group * outputs + output) * depth + first + k + half] : int8_t(0);
+            }
+    }
+}
+
+int64_t qb_layer(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
+                 const Operands* operands) {
+  return kernels().layer(*weight, *finish, *window, *rows, *operands);
+}
+
+int64_t qb_depthwise(const int16_t* weight, const Finish* finish, const Window* window, const Rows* rows,
+                     const Operands* operands) {
+  return kernels().depthwise(weight, *finish, *window, *rows, *operands);
+}
+
+int64_t qb_transposed(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
+                      const Operands* operands, int64_t groups) {
+  return kernels().transposed(*weight, *finish, *window, *rows, *operands, groups);
+}
+
+int64_t qb_weight_only(const Weight* weight, const float* scales, const Finish* finish, const Window* window,
+                       const Operands* operands) {
+  return kernels().weight_only(*weight, scales, *finish, *window, *operands);
+}
+
+int64_t qb_lstm(const Recurrent* r, const uint8_t* x, const uint8_t* h, float* c, uint8_t* y) {
+  return kernels().lstm(*r, x, h, c, y);
+}
+
+int64_t qb_dynamic_lstm(const Recurrent* r, const uint8_t* x, const float* x_scales, const int32_t* x_zero_points,
+                        const float* h, float* c, float* y) {
+  return kernels().dynamic_lstm(*r, x, x_scales, x_zero_points, h, c, y);
+}
+
+int64_t qb_weight_only_lstm(const Recurrent* r, const float* scales_ih, const float* scales_hh, const float* x,
+                            const float* h, float* c, float* y) {
+  return kernels().weight_only_lstm(*r, scales_ih, scales_hh, x, h, c, y);
+}
+
+int64_t qb_attention(const Attention* a, const uint8_t* q, const uint8_t* k, const uint8_t* v, uint8_t* y) {
+  return kernels().attention(*a, q, k, v, y);
+}
+
+int64_t qb_probabilities(const Attention* a, const Quantized* q, const Quantized* k, const float* value_scales,
+                         float* y) {
+  return kernels().probabilities(*a, *q, *k, value_scales, y);
+}
+
+int64_t qb_weighted_values(const Attention* a, const Quantized* p, const Quantized* v, float* y) {
+  return kernels().weighted_values(*a, *p, *v, y);
+}
+
+void qb_layer_norm(const uint8_t* x, int64_t rows, int64_t count, int32_t x_zero, double x_scale, double eps,
+                   const float* gamma, const float* beta, int32_t zero_point, int32_t q_min, int32_t q_max,
+                   uint8_t* y) {
+  kernels().layer_norm(x, rows, count, x_zero, x_scale, eps, gamma, beta, Codes(zero_point, q_min, q_max), y);
+}
+
+void qb_quantize(const float* x, int64_t count, float scale, int32_t zero_point, int32_t q_min, int32_t q_max,
+                 uint8_t* y) {
+  kernels().quantize(x, count, scale, Codes(zero_point, q_min, q_max), y);
+}
+
+int32_t qb_quantize_rows(const float* x, int64_t rows, int64_t count, int32_t affine, uint8_t* y, float* scales,
+                         int32_t* zero_points) {
+  return kernels().quantize_rows(x, rows, count, affine != 0, y, scales, zero_points);
+}
+
+void qb_dequantize(const uint8_t* x, int64_t count, float scale, int32_t zero_point, float* y) {
+  kernels().dequantize(x, count, scale, zero_point, y);
+}
+
+void qb_add(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, float m_a, int32_t b_zero, float m_b,
+            int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y) {
+  kernels().add(a, b, count, a_zero, m_a, b_zero, m_b, Codes(zero_point, q_min, q_max), y);
+}
+
+void qb_mul(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, int32_t b_zero, float m,
+            int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y) {
+  kernels().mul(a, b, count, a_zero, b_zero, m, Codes(zero_point, q_min, q_max), y);
+}
+
+void qb_table(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) {
+  kernels().look_up(x, count, table, y);
+}
+
+void qb_average(const uint8_t* x, const Averaging* windows, int64_t samples, int32_t zero_point, int32_t q_min,
+                int32_t q_max, uint8_t* y) {
+  kernels().average(x, *windows, samples, Codes(zero_point, q_min, q_max), y);
+}
+
+void qb_channel_affine(const uint8_t* x, int64_t pixels, int64_t channels, int32_t x_zero, const float* gamma,
+                       const float* beta, int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y) {
+  kernels().channel_affine(x, pixels, channels, x_zero, gamma, beta, Codes(zero_point, q_min, q_max), y);
+}
+
+void qb_max_pool(const uint8_t* x, const Window* window, int64_t samples, uint8_t* y) {
+  kernels().max_pool(x, *window, samples, y);
+}
+}

@@ -1,0 +1,172 @@
+// The int8 engine: what each function promises. Arithmetic: docstring of qbench/backends/reference_kernels.py.
+//
+// Layouts. Images are channels last, [samples][height][width][channels]; rows are [rows][inputs], an image of 1 x 1
+// pixels. Codes are uint8, weights int8; sums are exact int32. Every float32 step is rounded on its own: compile with
+// -ffp-contract=off and without -ffast-math. Pointers that may be null say so. No function allocates anything that it
+// returns; scratch is kept for each thread and reused. Every function may be called by several threads at once.
+#pragma once
+
+#include <cstdint>
+
+namespace qb {
+
+constexpr int TILE = 16;  // outputs that lie side by side in a packed weight
+
+// A weight [groups * outputs][depth], packed by qb_pack. `depth` counts the products of one output, in the order
+// block, kernel row, kernel column, input of the block; a block has `block_depth` of them, the last one may be shorter.
+struct Weight {
+  const int8_t* values;        // [groups][blocks][tiles][pairs of products][TILE][2], padded with 0
+  const int32_t* zero_points;  // [blocks][groups][tiles * TILE]; null: all 0
+  int64_t groups, outputs, depth, block_depth;
+};
+
+// From the exact sums of an output to its result:
+//   t = start + add;  t += f32(sum + bias - zero points) * (row scale *) multiplier  for each block;  t += residual
+//   codes: R(t);  float: min(max(t + last, low), high)
+struct Finish {
+  const float* multiplier;  // [blocks][groups][tiles * TILE]
+  const int32_t* bias;      // [groups][tiles * TILE]; null: none. Only with one block.
+  const float* start;       // [groups][tiles * TILE]; null: none
+  const float* last;        // [groups][tiles * TILE]; null: none
+  float residual_multiplier;
+  int32_t residual_zero_point;
+  int32_t zero_point, q_min, q_max;
+  float low, high;
+  int32_t to_float;  // 0: codes
+};
+
+// How a kernel slides over an image; a linear layer is a 1 x 1 kernel over images of 1 x 1 pixels.
+struct Window {
+  int64_t height, width, channels, out_height, out_width;
+  int64_t kernel_height, kernel_width, stride_height, stride_width, padding_height, padding_width;
+  int64_t dilation_height, dilation_width;
+  int64_t block;  // input channels (of a group) in a block of the weight
+};
+
+// The zero points and scales of x: entry i holds for `pixels` output pixels, one after another.
+struct Rows {
+  const int32_t* zero_points;
+  const float* scales;  // null: part of the multiplier
+  int64_t pixels;       // INT64_MAX: entry 0 holds for all
+};
+
+// An LSTM layer in one direction. finish_ih leaves float32 gates, finish_hh adds them to its own.
+struct Recurrent {
+  Weight weight_ih, weight_hh;
+  Finish finish_ih, finish_hh;
+  int64_t steps, samples, hidden;
+  float scale;  // of h
+  int32_t x_zero_point, zero_point, q_min, q_max;
+  int32_t affine, per_row;  // of the dynamic codes
+};
+
+// q [heads][queries][depth], k [heads][keys][depth], v [heads][keys][width]; a head is one of a sample.
+struct Attention {
+  int64_t heads, queries, keys, depth, width;
+  const float* mask;  // [heads][queries][keys], or [queries][keys] for all heads; null: none
+  int32_t mask_shared, causal;
+  float m_scores;  // static: of a score; dynamic: the factor
+  float m;
+  int32_t q_zero_point, k_zero_point, v_zero_point, zero_point, q_min, q_max;
+};
+
+// Windows of an average: [tops[i], bottoms[i]) x [lefts[j], rights[j]) inside the image, and what multiplies its sum.
+struct Averaging {
+  int64_t height, width, channels, out_height, out_width;
+  const int64_t *tops, *bottoms, *lefts, *rights;
+  const float* multipliers;  // [out_height][out_width]
+  int32_t x_zero;
+};
+
+enum Sharing : int32_t { EACH_ROW, EACH_HEAD, ALL };
+
+struct Quantized {  // codes with the scales of their rows
+  const uint8_t* codes;
+  const float* scales;
+  const int32_t* zero_points;
+  int32_t sharing;
+};
+
+// What changes from call to call.
+struct Operands {
+  const void* x;            // uint8, or float32 under a weight-only layer
+  const uint8_t* residual;  // like the result; null: none
+  const float* add;         // like the result; null: none
+  void* y;                  // uint8 or float32
+  int64_t samples;
+};
+
+}  // namespace qb
+
+extern "C" {
+
+// The sha256 of the sources that the library was built from (the loader looks for it in the file), and the instruction
+// set that runs: "avx2", "portable".
+const char* qb_sources();
+const char* qb_isa();
+
+// Packs a weight [groups][outputs][depth] (already in the order of Weight) into `packed`; see qb::Weight.
+void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed);
+// The bytes of a packed weight.
+int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth);
+
+// A convolution or a linear layer. Returns the number of multiply-accumulates.
+int64_t qb_layer(const qb::Weight*, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*);
+
+// One input channel for each output channel. `weight` is [taps][channels], centred: q_w - z_w.
+int64_t qb_depthwise(const int16_t* weight, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*);
+
+// A transposed convolution: `weight` has groups * taps groups, the taps of a group of channels one after another; the
+// window's height and width are those of x. `finish` is laid out as for `groups` groups.
+int64_t qb_transposed(const qb::Weight*, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*,
+                      int64_t groups);
+
+// A convolution or a linear layer of float32 x: the weight is read back as float32 tile by tile. `scales` is laid out as
+// the multiplier of Finish, of which bias is `last`. Sums in any order.
+int64_t qb_weight_only(const qb::Weight*, const float* scales, const qb::Finish*, const qb::Window*,
+                       const qb::Operands*);
+
+// LSTM layers: c [samples][hidden] is read and written, y [steps][samples][hidden]. Return the multiply-accumulates, -1
+// where a value is not finite.
+int64_t qb_lstm(const qb::Recurrent*, const uint8_t* x, const uint8_t* h, float* c, uint8_t* y);
+int64_t qb_dynamic_lstm(const qb::Recurrent*, const uint8_t* x, const float* x_scales, const int32_t* x_zero_points,
+                        const float* h, float* c, float* y);
+int64_t qb_weight_only_lstm(const qb::Recurrent*, const float* scales_ih, const float* scales_hh, const float* x,
+                            const float* h, float* c, float* y);
+
+// Attention; the dynamic one in two halves, between which the probabilities become codes.
+int64_t qb_attention(const qb::Attention*, const uint8_t* q, const uint8_t* k, const uint8_t* v, uint8_t* y);
+int64_t qb_probabilities(const qb::Attention*, const qb::Quantized* q, const qb::Quantized* k,
+                         const float* value_scales, float* y);
+int64_t qb_weighted_values(const qb::Attention*, const qb::Quantized* p, const qb::Quantized* v, float* y);
+
+// R(((q - zero point) - mean) * rstd * gamma + beta) over rows of `count` codes.
+void qb_layer_norm(const uint8_t* x, int64_t rows, int64_t count, int32_t x_zero, double x_scale, double eps,
+                   const float* gamma, const float* beta, int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y);
+
+// Codes of x, rounded half to even after a true division by `scale`; NaN gives q_min.
+void qb_quantize(const float* x, int64_t count, float scale, int32_t zero_point, int32_t q_min, int32_t q_max,
+                 uint8_t* y);
+// Codes of each of `rows` rows of `count` values with its own range; `affine` 0: symmetric. Returns 0, or 1 where a
+// value is not finite.
+int32_t qb_quantize_rows(const float* x, int64_t rows, int64_t count, int32_t affine, uint8_t* y, float* scales,
+                         int32_t* zero_points);
+// (q - zero point) * scale.
+void qb_dequantize(const uint8_t* x, int64_t count, float scale, int32_t zero_point, float* y);
+// R((a - a_zero) * m_a + (b - b_zero) * m_b).
+void qb_add(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, float m_a, int32_t b_zero, float m_b,
+            int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y);
+// R((a - a_zero) * (b - b_zero) * m).
+void qb_mul(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, int32_t b_zero, float m,
+            int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y);
+// table[x].
+void qb_table(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y);
+// R(sum over each window of (q - x_zero) * its multiplier).
+void qb_average(const uint8_t* x, const qb::Averaging*, int64_t samples, int32_t zero_point, int32_t q_min,
+                int32_t q_max, uint8_t* y);
+// R((q - x_zero) * gamma + beta): x [pixels][channels].
+void qb_channel_affine(const uint8_t* x, int64_t pixels, int64_t channels, int32_t x_zero, const float* gamma,
+                       const float* beta, int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y);
+// The largest code in each window; padding never wins.
+void qb_max_pool(const uint8_t* x, const qb::Window*, int64_t samples, uint8_t* y);
+}

@@ -1,0 +1,46 @@
+// The functions that exist once for each instruction set. dispatch.cpp picks a table when the library is loaded.
+#pragma once
+
+#include "common.h"
+
+namespace qb {
+
+struct Codes {  // of a result: R(v)
+  float low, high;
+  int32_t zero_point;
+  Codes(int32_t zero, int32_t q_min, int32_t q_max)
+      : low(float(q_min - zero)), high(float(q_max - zero)), zero_point(zero) {}
+  uint8_t of(float v) const { return uint8_t(rounded(v, low, high) + zero_point); }
+};
+
+struct Kernels {
+  const char* name;
+  int64_t (*layer)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&);
+  int64_t (*depthwise)(const int16_t*, const Finish&, const Window&, const Rows&, const Operands&);
+  int64_t (*transposed)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&, int64_t);
+  int64_t (*weight_only)(const Weight&, const float*, const Finish&, const Window&, const Operands&);
+  int64_t (*lstm)(const Recurrent&, const uint8_t*, const uint8_t*, float*, uint8_t*);
+  int64_t (*dynamic_lstm)(const Recurrent&, const uint8_t*, const float*, const int32_t*, const float*, float*, float*);
+  int64_t (*weight_only_lstm)(const Recurrent&, const float*, const float*, const float*, const float*, float*, float*);
+  int64_t (*attention)(const Attention&, const uint8_t*, const uint8_t*, const uint8_t*, uint8_t*);
+  int64_t (*probabilities)(const Attention&, const Quantized&, const Quantized&, const float*, float*);
+  int64_t (*weighted_values)(const Attention&, const Quantized&, const Quantized&, float*);
+  void (*layer_norm)(const uint8_t*, int64_t, int64_t, int32_t, double, double, const float*, const float*, Codes,
+                     uint8_t*);
+  void (*quantize)(const float*, int64_t, float, Codes, uint8_t*);
+  int32_t (*quantize_rows)(const float*, int64_t, int64_t, bool, uint8_t*, float*, int32_t*);
+  void (*dequantize)(const uint8_t*, int64_t, float, int32_t, float*);
+  void (*add)(const uint8_t*, const uint8_t*, int64_t, int32_t, float, int32_t, float, Codes, uint8_t*);
+  void (*mul)(const uint8_t*, const uint8_t*, int64_t, int32_t, int32_t, float, Codes, uint8_t*);
+  void (*look_up)(const uint8_t*, int64_t, const uint8_t*, uint8_t*);
+  void (*average)(const uint8_t*, const Averaging&, int64_t, Codes, uint8_t*);
+  void (*channel_affine)(const uint8_t*, int64_t, int64_t, int32_t, const float*, const float*, Codes, uint8_t*);
+  void (*max_pool)(const uint8_t*, const Window&, int64_t, uint8_t*);
+};
+
+extern const Kernels portable;
+#if defined(__x86_64__)
+extern const Kernels avx2;
+#endif
+
+}  // namespace qb

@@ -1,0 +1,172 @@
+"""The engine's C functions (engine.h), loaded beside torch's own threads."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from qbench.native import sources
+
+__all__ = ["Attention", "Averaging", "Finish", "Operands", "Quantized", "Recurrent", "Rows", "Weight", "Window", "byref"]
+
+CURE = "reinstall qbench, or run python -m qbench.native.build; backend=reference works without"
+FOR_ALL = 2**63 - 1  # Rows.pixels where one scale holds for everything
+
+
+class NativeUnavailable(RuntimeError):
+    """The library is not there, or is not that of these sources."""
+
+
+class Weight(Structure):
+    """See engine.h, as for all structures here."""
+
+    _fields_ = [("values", c_void_p), ("zero_points", c_void_p)] + [
+        (name, c_int64) for name in ("groups", "outputs", "depth", "block_depth")
+    ]
+
+
+class Finish(Structure):
+    _fields_ = [(name, c_void_p) for name in ("multiplier", "bias", "start", "last")] + [
+        ("residual_multiplier", c_float),
+        ("residual_zero_point", c_int32),
+        ("zero_point", c_int32),
+        ("q_min", c_int32),
+        ("q_max", c_int32),
+        ("low", c_float),
+        ("high", c_float),
+        ("to_float", c_int32),
+    ]
+
+
+class Window(Structure):
+    _fields_ = [
+        (name, c_int64)
+        for name in (
+            "height", "width", "channels", "out_height", "out_width", "kernel_height", "kernel_width", "stride_height",
+            "stride_width", "padding_height", "padding_width", "dilation_height", "dilation_width", "block",
+        )
+    ]  # fmt: skip
+
+
+class Rows(Structure):
+    _fields_ = [("zero_points", c_void_p), ("scales", c_void_p), ("pixels", c_int64)]
+
+
+class Operands(Structure):
+    _fields_ = [(name, c_void_p) for name in ("x", "residual", "add", "y")] + [("samples", c_int64)]
+
+
+class Recurrent(Structure):
+    _fields_ = [
+        ("weight_ih", Weight),
+        ("weight_hh", Weight),
+        ("finish_ih", Finish),
+        ("finish_hh", Finish),
+        ("steps", c_int64),
+        ("samples", c_int64),
+        ("hidden", c_int64),
+        ("scale", c_float),
+        *((name, c_int32) for name in ("x_zero_point", "zero_point", "q_min", "q_max", "affine", "per_row")),
+    ]
+
+
+class Attention(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("heads", "queries", "keys", "depth", "width")),
+        ("mask", c_void_p),
+        ("mask_shared", c_int32),
+        ("causal", c_int32),
+        ("m_scores", c_float),
+        ("m", c_float),
+        *(
+            (name, c_int32)
+            for name in ("q_zero_point", "k_zero_point", "v_zero_point", "zero_point", "q_min", "q_max")
+        ),
+    ]
+
+
+class Averaging(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("height", "width", "channels", "out_height", "out_width")),
+        *((name, c_void_p) for name in ("tops", "bottoms", "lefts", "rights", "multipliers")),
+        ("x_zero", c_int32),
+    ]
+
+
+class Quantized(Structure):
+    _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("zero_points", c_void_p), ("sharing", c_int32)]
+
+
+EACH_ROW, EACH_HEAD, ALL = 0, 1, 2  # Quantized.sharing
+
+_LAYER = [POINTER(Weight), POINTER(Finish), POINTER(Window), POINTER(Rows), POINTER(Operands)]
+_CODES = [c_int32, c_int32, c_int32, c_void_p]  # zero_point, q_min, q_max, y
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "qb_isa": (ctypes.c_char_p, []),
+    "qb_packed_size": (c_int64, [c_int64] * 4),
+    "qb_pack": (None, [c_void_p, *[c_int64] * 4, c_void_p]),
+    "qb_layer": (c_int64, _LAYER),
+    "qb_depthwise": (c_int64, [c_void_p, *_LAYER[1:]]),
+    "qb_transposed": (c_int64, [*_LAYER, c_int64]),
+    "qb_weight_only": (
+        c_int64,
+        [POINTER(Weight), c_void_p, POINTER(Finish), POINTER(Window), POINTER(Operands)],
+    ),
+    "qb_lstm": (c_int64, [POINTER(Recurrent), *[c_void_p] * 4]),
+    "qb_dynamic_lstm": (c_int64, [POINTER(Recurrent), *[c_void_p] * 6]),
+    "qb_weight_only_lstm": (c_int64, [POINTER(Recurrent), *[c_void_p] * 6]),
+    "qb_attention": (c_int64, [POINTER(Attention), *[c_void_p] * 4]),
+    "qb_probabilities": (c_int64, [POINTER(Attention), POINTER(Quantized), POINTER(Quantized), c_void_p, c_void_p]),
+    "qb_weighted_values": (c_int64, [POINTER(Attention), POINTER(Quantized), POINTER(Quantized), c_void_p]),
+    "qb_layer_norm": (
+        None,
+        [c_void_p, c_int64, c_int64, c_int32, c_double, c_double, c_void_p, c_void_p, *_CODES],
+    ),
+    "qb_quantize": (None, [c_void_p, c_int64, c_float, *_CODES]),
+    "qb_quantize_rows": (c_int32, [c_void_p, c_int64, c_int64, c_int32, c_void_p, c_void_p, c_void_p]),
+    "qb_dequantize": (None, [c_void_p, c_int64, c_float, c_int32, c_void_p]),
+    "qb_add": (None, [c_void_p, c_void_p, c_int64, c_int32, c_float, c_int32, c_float, *_CODES]),
+    "qb_mul": (None, [c_void_p, c_void_p, c_int64, c_int32, c_int32, c_float, *_CODES]),
+    "qb_table": (None, [c_void_p, c_int64, c_void_p, c_void_p]),
+    "qb_average": (None, [c_void_p, POINTER(Averaging), c_int64, *_CODES]),
+    "qb_channel_affine": (None, [c_void_p, c_int64, c_int64, c_int32, c_void_p, c_void_p, *_CODES]),
+    "qb_max_pool": (None, [c_void_p, POINTER(Window), c_int64, c_void_p]),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises NativeUnavailable, with the cure, where there is none for these sources."""
+    if not sources.built():
+        other = " from these sources" if sources.LIBRARY.exists() else ""
+        raise NativeUnavailable(f"the native backend is not built{other}; {CURE}")
+    _share_threads()
+    try:
+        loaded = ctypes.CDLL(str(sources.LIBRARY))
+    except OSError as error:
+        raise NativeUnavailable(f"the native backend does not load ({error}); {CURE}") from error
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def isa() -> str:
+    """The instruction set whose kernels run: `avx2` or `portable`."""
+    name: str = library().qb_isa().decode()
+    return name
+
+
+def _share_threads() -> None:
+    """Make the OpenMP that torch has loaded visible, so that both use one pool of threads."""
+    import torch  # noqa: F401  (loads it)
+
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    for path in sorted(loaded):
+        if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            return
+    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)

@@ -1,0 +1,28 @@
+"""The engine's source files and their hash, by which a library knows what it was built from. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "libqbench.so"
+COMPILED = ("dispatch.cpp", "isa_portable.cpp", "isa_avx2.cpp")
+
+
+def files() -> list[Path]:
+    """All sources, headers included."""
+    return sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h", ".inc"))
+
+
+def sha256() -> str:
+    """The hash of the names and contents of all sources."""
+    digest = hashlib.sha256()
+    for path in files():
+        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def built() -> bool:
+    """Is there a library of these sources? Read from its bytes: nothing is loaded."""
+    return LIBRARY.exists() and sha256().encode() in LIBRARY.read_bytes()

@@ -1,0 +1,388 @@
+"""The native engine against the reference: the same bytes, over a grid of layers, on each instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import qbench
+from qbench.backends import native
+from qbench.capture import capture
+from qbench.metrics import sqnr_db
+from qbench.model import QuantizedModel
+from qbench.native import library, sources
+from qbench.quantization import quantize_network
+from qbench.recipe import Recipe
+from qbench.weights import final_weights
+from tasks import gan, lstm, mobilenet_v2, transformer
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not sources.built(), reason="the native backend is not built here"),
+]
+
+METHODS = st.sampled_from(
+    [("ptsq", "per_row"), ("ptdq", "per_row"), ("ptdq", "per_tensor"), ("woq", "per_row")]
+)
+GRANULARITIES = st.sampled_from(["per_tensor", "per_channel", "per_group"])
+SCHEMES = st.sampled_from(["symmetric", "affine"])
+Quantizations = st.builds(
+    lambda method, granularity, scheme, activations, group: Recipe(
+        method=method[0],
+        activation_granularity=method[1],
+        granularity=granularity,
+        scheme=scheme,
+        activation_scheme=activations,
+        group_size=group,
+    ),
+    METHODS,
+    GRANULARITIES,
+    SCHEMES,
+    SCHEMES,
+    st.integers(1, 9),
+)
+SIZES = st.integers(1, 40)
+
+
+def normal(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
+    return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def assert_same(model: nn.Module, x: tuple[Tensor, ...], recipe: Recipe, inputs: tuple[Tensor, ...] | None = None) -> None:
+    """Bytes of ptsq equal; floats of ptdq and woq within 1e-5 of the largest; multiply-accumulates equal."""
+    network = capture(model, x)
+    reference = quantize_network(network, recipe, [x], "reference")
+    engine = QuantizedModel(reference.program, reference.recipe, native())
+    want, got = (q(*(inputs or x)) for q in (reference, engine))
+    for a, b in zip(leaves(want), leaves(got), strict=True):
+        assert a.shape == b.shape
+        if recipe.method.name == "ptsq":
+            assert torch.equal(a, b)
+        elif a.numel():
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5 * float(a.abs().max()))
+    assert reference.macs == engine.macs
+
+
+def leaves(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [leaf for part in result for leaf in leaves(part)]
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+@given(Quantizations, SIZES, SIZES, st.lists(st.integers(1, 5), min_size=1, max_size=3), st.booleans())
+def test_linear(recipe: Recipe, inputs: int, outputs: int, leading: list[int], bias: bool) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(inputs, outputs, bias), nn.ReLU(), nn.Linear(outputs, 3)))
+    assert_same(model, (normal(*leading, inputs),), recipe)
+
+
+@given(
+    Quantizations,
+    st.sampled_from([(1, 5, 3), (2, 3, 2), (3, 1, 1), (6, 1, 1), (6, 1, 2), (1, 17, 18)]),
+    st.tuples(*[st.integers(1, 4)] * 2),
+    st.tuples(*[st.integers(1, 3)] * 2),
+    st.tuples(*[st.integers(0, 2)] * 2),
+    st.tuples(*[st.integers(1, 2)] * 2),
+    st.tuples(*[st.integers(7, 12)] * 2),
+)
+def test_conv(recipe: Recipe, channels: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, size: Any) -> None:
+    groups, inputs, outputs = channels
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    model = seeded(lambda: nn.Conv2d(groups * inputs, groups * outputs, kernel, **options))
+    assert_same(model, (normal(3, groups * inputs, *size),), recipe)
+
+
+@given(
+    Quantizations,
+    st.sampled_from([(1, 5, 3), (2, 3, 2), (3, 1, 1), (1, 17, 18)]),
+    st.tuples(*[st.integers(1, 4)] * 2),
+    st.tuples(*[st.integers(1, 3)] * 2),
+    st.tuples(*[st.integers(0, 1)] * 2),
+    st.tuples(*[st.integers(1, 2)] * 2),
+)
+def test_conv_transpose(recipe: Recipe, channels: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> None:
+    groups, inputs, outputs = channels
+    more = tuple(min(1, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True))
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "output_padding": more}
+    model = seeded(lambda: nn.ConvTranspose2d(groups * inputs, groups * outputs, kernel, **options))
+    assert_same(model, (normal(2, groups * inputs, 6, 5),), recipe)
+
+
+@given(Quantizations, st.booleans())
+def test_one_dimension(recipe: Recipe, transposed: bool) -> None:
+    kind = nn.ConvTranspose1d if transposed else nn.Conv1d
+    assert_same(seeded(lambda: nn.Sequential(kind(6, 8, 3, 2, 1), nn.ReLU(), kind(8, 8, 3, groups=8))), (normal(3, 6, 11),), recipe)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.down = nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(20, 20, 3, padding=1), nn.Conv2d(4, 20, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(torch.relu(self.first(x))) + self.down(x))
+
+
+@given(Quantizations)
+def test_a_fused_residual(recipe: Recipe) -> None:
+    assert_same(seeded(Residual), (normal(2, 4, 7, 5),), recipe)
+
+
+@given(Quantizations, st.integers(1, 3), st.integers(1, 40), st.booleans(), st.booleans(), st.booleans())
+def test_lstm(recipe: Recipe, layers: int, steps: int, both: bool, first: bool, bias: bool) -> None:
+    model = seeded(lambda: nn.LSTM(5, 18, layers, bias=bias, batch_first=first, bidirectional=both))
+    assert_same(model, (normal(steps, 3, 5) if not first else normal(3, steps, 5),), recipe)
+
+
+class Started(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 7)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        result: Tensor = self.lstm(x, (h, c))[0]
+        return result
+
+
+@given(Quantizations)
+def test_lstm_that_starts_from_a_state(recipe: Recipe) -> None:
+    x = normal(6, 3, 5), normal(1, 3, 7, seed=1), normal(1, 3, 7, seed=2)
+    assert_same(seeded(Started), x, recipe)
+
+
+class Attention(nn.Module):
+    """Cross-attention with a mask for all heads, one for each sample, or none."""
+
+    def __init__(self, mask: str) -> None:
+        super().__init__()
+        self.mask, self.q, self.k, self.v = mask, nn.Linear(12, 16), nn.Linear(12, 16), nn.Linear(12, 24)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (layer(z).unflatten(-1, (4, -1)).transpose(1, 2) for layer, z in ((self.q, x), (self.k, y), (self.v, y)))
+        given = {"each": mask[:, None], "shared": mask[0], "none": None, "causal": None}[self.mask]
+        return nn.functional.scaled_dot_product_attention(q, k, v, given, is_causal=self.mask == "causal")
+
+
+@given(Quantizations, st.sampled_from(["each", "shared", "none", "causal"]), st.integers(1, 40))
+def test_attention(recipe: Recipe, mask: str, keys: int) -> None:
+    hidden = torch.where(normal(3, 9, keys, seed=3) > 0.5, -torch.inf, 0.0)
+    hidden[1, 2] = -torch.inf  # a row hidden whole
+    assert_same(seeded(lambda: Attention(mask)), (normal(3, 9, 12), normal(3, keys, 12, seed=1), hidden), recipe)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(11, 20), nn.Parameter(torch.randn(13, 20))
+        self.layer, self.head = nn.TransformerEncoderLayer(20, 4, 33, batch_first=True, activation="gelu"), nn.Linear(20, 11)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        result: Tensor = self.head(self.layer(self.tokens(indices) + self.places))
+        return result
+
+
+@given(Quantizations)
+def test_an_encoder(recipe: Recipe) -> None:
+    indices = torch.randint(11, (3, 13), generator=torch.Generator().manual_seed(0))
+    assert_same(seeded(Encoder), (indices,), recipe)
+
+
+# --- between layers --------------------------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.layer = function, nn.Conv2d(3, 18, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean over the pixels": lambda x: x.mean((2, 3)),
+    "mean, dimensions kept": lambda x: x.mean((2, 3), keepdim=True),
+    "mean over the channels": lambda x: x.mean(1),
+    "mean over the samples": lambda x: x.mean((0, 3)),
+    "average pool": lambda x: nn.functional.avg_pool2d(x, 3, 2, 1),
+    "average pool, padding not counted": lambda x: nn.functional.avg_pool2d(x, (3, 2), 2, 1, count_include_pad=False),
+    "average pool, ceil": lambda x: nn.functional.avg_pool2d(x, 3, 2, ceil_mode=True),
+    "average pool, divisor": lambda x: nn.functional.avg_pool2d(x, 2, divisor_override=3),
+    "adaptive average pool": lambda x: nn.functional.adaptive_avg_pool2d(x, (4, 3)),
+    "max pool": lambda x: nn.functional.max_pool2d(x, 3, 2, 1),
+    "max pool, dilated": lambda x: nn.functional.max_pool2d(x, 2, 1, dilation=2),
+    "max pool, ceil": lambda x: nn.functional.max_pool2d(x, 2, 2, ceil_mode=True),
+    "add, broadcast": lambda x: x + x.mean((2, 3), keepdim=True),
+    "mul, broadcast": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
+    "add to itself moved": lambda x: x[:, :, :5, :5] + x[:, :, :5, :5].transpose(2, 3),
+    "table": torch.nn.functional.hardswish,
+    "clamp": lambda x: torch.cat([x, x.flip(1)], 1).clamp(-0.5, 1.0),
+    "cat": lambda x: torch.cat([x, 3 * x.abs().mean((2, 3), keepdim=True).expand_as(x)], 1),
+    "moves": lambda x: nn.functional.pixel_shuffle(x[:, :16], 2).reshape(len(x), -1),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("activations", ["affine", "symmetric"])
+@pytest.mark.parametrize("output", ["float", "int8"])
+def test_between_layers(name: str, activations: str, output: str) -> None:
+    recipe = Recipe(method="ptsq", activation_scheme=activations, output=output)
+    assert_same(seeded(lambda: Between(BETWEEN[name])), (normal(3, 3, 9, 7),), recipe)
+
+
+class Normed(nn.Module):
+    """A batch norm before a padded convolution cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3, padding=1)
+        self.norm.running_mean, self.norm.running_var = normal(5), normal(5, seed=1).abs() + 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(torch.relu(self.norm(x)))
+        return result
+
+
+def test_a_batch_norm_that_stays() -> None:
+    assert_same(seeded(Normed), (normal(3, 5, 9, 7),), Recipe(method="ptsq"))
+
+
+# --- extremes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ptsq", "ptdq", "woq"])
+def test_empty_batches_and_single_pixels(method: str) -> None:
+    model, x = seeded(lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(5, 2))), normal(2, 3, 1, 1)
+    for inputs in (x[:0], x[:1]):
+        assert_same(model, (x,), Recipe(method=method), (inputs,))
+
+
+@pytest.mark.parametrize("spread", [1e-30, 1e-6, 1e6, 1e30])
+def test_ranges_of_any_size(spread: float) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 4)))
+    with torch.no_grad():
+        model[2].weight.mul_(spread)
+    for x in (normal(5, 6, spread=spread), torch.zeros(5, 6)):
+        assert_same(model, (x,), Recipe(method="ptsq"))
+
+
+def test_values_beyond_the_calibrated_range_and_nan() -> None:
+    model, x = seeded(lambda: nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(), nn.Conv2d(20, 4, 1))), normal(2, 3, 6, 6)
+    odd = 100 * x
+    odd[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    assert_same(model, (x,), Recipe(method="ptsq"), (odd,))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.LSTM(6, 4), lambda: nn.Conv1d(6, 4, 1)])
+def test_dynamic_codes_refuse_what_is_not_finite(make: Callable[[], nn.Module]) -> None:
+    x = normal(6, 6, 6)
+    q = qbench.quantize(seeded(make), (x,), Recipe(method="ptdq"), backend="native")
+    for odd in (torch.nan, torch.inf):
+        x = normal(6, 6, 6)
+        x[1, 2, 3] = odd
+        with pytest.raises(ValueError, match="not finite"):
+            q(x)
+
+
+@pytest.mark.parametrize("method", ["ptsq", "ptdq", "woq"])
+def test_another_shape_is_refused_not_read_past_its_end(method: str) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 3, groups=5)))
+    shapes = {"dynamic_shapes": {"input": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}}
+    x = normal(2, 3, 9, 9)
+    q = qbench.quantize(model, (x,), Recipe(method=method), calibration=[(x,)], backend="native", **shapes)
+    assert q(normal(1, 3, 12, 7)).shape == (1, 5, 8, 3)
+    with pytest.raises((ValueError, RuntimeError), match=r"does not fit|size|[Cc]alculated"):
+        q(normal(1, 3, 4, 4))
+
+
+# --- whole networks, threads, instruction sets -----------------------------------------------------------------------
+
+TASKS = {
+    "ci_mobilenet_v2": partial(mobilenet_v2.task, width=0.35, checkpoint="ci_mobilenet_v2"),
+    "ci_lstm": partial(lstm.task, checkpoint="ci_lstm"),
+    "ci_transformer": partial(transformer.task, width=64, checkpoint="ci_transformer"),
+    "ci_gan": partial(gan.task, source=lambda: nn.Identity(), checkpoint="ci_gan"),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("method", ["ptsq", "ptdq", "woq"])
+@pytest.mark.parametrize(("granularity", "scheme"), [("per_channel", "symmetric"), ("per_group", "affine")])
+def test_trained_networks_of_the_four_families(name: str, method: str, granularity: str, scheme: str) -> None:
+    """ptsq gives the same bytes; ptdq the same integers but for values that float parts move across a boundary."""
+    task = TASKS[name]()
+    model, calibration = final_weights(task, Path()), task.calibration()[:2]
+    examples = tuple(leaf[:8] for leaf in task.evaluation().inputs)
+    recipe = Recipe(method=method, granularity=granularity, scheme=scheme)
+    network = capture(model, calibration[0])
+    reference = quantize_network(network, recipe, calibration, "reference")
+    want, got = reference(*examples), QuantizedModel(reference.program, reference.recipe, native())(*examples)
+    if method == "ptsq":
+        assert torch.equal(want, got)
+    else:
+        assert sqnr_db(want, got) > (45 if method == "ptdq" else 90)
+
+
+def test_threads_and_batches_do_not_matter() -> None:
+    model, x = seeded(lambda: nn.Sequential(nn.Conv2d(3, 70, 3), nn.ReLU(), nn.Flatten(), nn.Linear(70 * 49, 40))), normal(9, 3, 9, 9)
+    q = qbench.quantize(model, (x,), Recipe(method="ptsq"), calibration=[(x,)], backend="native")
+    one = q(x)
+    torch.set_num_threads(2)
+    assert torch.equal(one, q(x))
+    torch.set_num_threads(1)
+    assert torch.equal(one, torch.cat([q(row[None]) for row in x]))
+
+
+def test_two_threads_may_run_one_model() -> None:
+    model, x = seeded(lambda: nn.LSTM(20, 40, 2)), normal(30, 16, 20)
+    q = qbench.quantize(model, (x,), Recipe(method="ptsq"), calibration=[(x,)], backend="native")
+    want, seen = q(x)[0], []
+    threads = [threading.Thread(target=lambda: seen.extend(q(x)[0] for _ in range(5))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 10
+    assert all(torch.equal(want, y) for y in seen)
+
+
+def test_the_portable_path_gives_the_same_bytes() -> None:
+    """The whole of this file again, with plain loops."""
+    if os.environ.get("QBENCH_ISA") == "portable":
+        assert library.isa() == "portable"
+        return
+    environment = os.environ | {"QBENCH_ISA": "portable", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "sha256", lambda: "0" * 64)
+    library.library.cache_clear()
+    try:
+        with pytest.raises(library.NativeUnavailable, match="not built from these sources; reinstall qbench"):
+            library.library()
+    finally:
+        monkeypatch.undo()
+        library.library.cache_clear()
+        library.library()
