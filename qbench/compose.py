@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.composition_errors import groups, key_of, known_keys, not_understood, one_line_errors, unknown_key
 from qbench.config import UsageError, conf_folder
+from qbench.native import sources
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -32,7 +34,7 @@ class Composer:
         sweeps = [key_of(text) for text in arguments.overrides].count("sweep")
         self.multirun = arguments.multirun or sweeps > 0
         self.config_dir: str | None = arguments.config_dir
-        self._overrides = list(arguments.overrides)
+        self._overrides = [*_without_engine(arguments.overrides), *arguments.overrides]
         for text in arguments.overrides:
             if not key_of(text):
                 raise UsageError(not_understood(text))
@@ -82,6 +84,8 @@ class Composer:
         """Nothing is accepted and ignored: exactly the known keys, and one choice in each group."""
         if unknown := set(job.values) - set(known_keys()):
             raise UsageError(unknown_key(unknown.pop()))
+        if job.choices.get("backend") == "native" and not sources.built():
+            raise UsageError(f"backend=native: {sources.WHY_NOT}; {sources.CURE}")
         for group in groups():
             if group not in job.choices or group not in job.values:
                 raise UsageError(f"{group}: give exactly one, such as {group}=...; several with -m {group}=...,...")
@@ -158,6 +162,14 @@ def close() -> None:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
+
+
+def _without_engine(overrides: Sequence[str]) -> list[str]:
+    """`backend=reference`, with a word to the user, where no backend is named and the engine is not built."""
+    if sources.built() or any(key_of(text) == "backend" for text in overrides):
+        return []
+    print(f"qbench: {sources.WHY_NOT} ({sources.CURE}); backend: reference, slower", file=sys.stderr)
+    return ["backend=reference"]
 
 
 def _hydra(config_dir: str | None) -> Hydra:

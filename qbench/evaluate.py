@@ -159,6 +159,7 @@ def evaluate(
             *(["bf16_emulated"] if is_emulated(saved.program) else []),
         ],
         "details": {**found["details"], "float_ops": saved.float_ops},
+        "environment": recipe.backend.environment(),
     }
 
 

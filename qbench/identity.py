@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qbench import __version__
+from qbench.native import sources
 from qbench.sources import PROJECT, closure, locate, modules_of_targets
 
 # What changes a result without changing what is asked: a longer time-out never gives another number.
@@ -27,8 +28,8 @@ NOT_ASKED = ("timeout_s",)
 ENTRY_MODULES = ("qbench.evaluate", "qbench.measure")
 # What decides how those functions are called; the files that it imports itself change no number.
 CONDUCTORS = ("qbench.cell",)
-# Settings by which users choose the code path of torch and oneDNN.
-KERNEL_SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+# Settings by which users choose the code path of the engine, of torch and of oneDNN.
+KERNEL_SETTINGS = ("QBENCH_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 # The flags that choose kernels; the rest of /proc/cpuinfo changes with the operating system.
 SIMD_FLAG = re.compile(r"^(sse\d|ssse3|avx|fma|f16c|bmi|amx|asimd|sve|i8mm|bf16|neon)")
 
@@ -51,6 +52,7 @@ def sources_hash(task: Mapping[str, Any], backend_module: str) -> str:
     """The content of every source file that runs for a task's cells on a backend."""
     modules = (*ENTRY_MODULES, backend_module, *modules_of_targets(task))
     files = closure(modules) | {name: path for name in CONDUCTORS if (path := locate(name))}
+    files |= {f"qbench.native/{path.name}": path for path in sources.files()}
     return sha256_of({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
 
 

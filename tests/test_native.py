@@ -33,9 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not sources.built(), reason="the native backend is not built here"),
 ]
 
-METHODS = st.sampled_from(
-    [("ptsq", "per_row"), ("ptdq", "per_row"), ("ptdq", "per_tensor"), ("woq", "per_row")]
-)
+METHODS = st.sampled_from([("ptsq", "per_row"), ("ptdq", "per_row"), ("ptdq", "per_tensor"), ("woq", "per_row")])
 GRANULARITIES = st.sampled_from(["per_tensor", "per_channel", "per_group"])
 SCHEMES = st.sampled_from(["symmetric", "affine"])
 Quantizations = st.builds(
@@ -66,7 +64,9 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
-def assert_same(model: nn.Module, x: tuple[Tensor, ...], recipe: Recipe, inputs: tuple[Tensor, ...] | None = None) -> None:
+def assert_same(
+    model: nn.Module, x: tuple[Tensor, ...], recipe: Recipe, inputs: tuple[Tensor, ...] | None = None
+) -> None:
     """Bytes of ptsq equal; floats of ptdq and woq within 1e-5 of the largest; multiply-accumulates equal."""
     network = capture(model, x)
     reference = quantize_network(network, recipe, [x], "reference")
@@ -129,13 +129,21 @@ def test_conv_transpose(recipe: Recipe, channels: Any, kernel: Any, stride: Any,
 @given(Quantizations, st.booleans())
 def test_one_dimension(recipe: Recipe, transposed: bool) -> None:
     kind = nn.ConvTranspose1d if transposed else nn.Conv1d
-    assert_same(seeded(lambda: nn.Sequential(kind(6, 8, 3, 2, 1), nn.ReLU(), kind(8, 8, 3, groups=8))), (normal(3, 6, 11),), recipe)
+    assert_same(
+        seeded(lambda: nn.Sequential(kind(6, 8, 3, 2, 1), nn.ReLU(), kind(8, 8, 3, groups=8))),
+        (normal(3, 6, 11),),
+        recipe,
+    )
 
 
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.down = nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(20, 20, 3, padding=1), nn.Conv2d(4, 20, 1)
+        self.first, self.second, self.down = (
+            nn.Conv2d(4, 20, 3, padding=1),
+            nn.Conv2d(20, 20, 3, padding=1),
+            nn.Conv2d(4, 20, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.second(torch.relu(self.first(x))) + self.down(x))
@@ -176,7 +184,9 @@ class Attention(nn.Module):
         self.mask, self.q, self.k, self.v = mask, nn.Linear(12, 16), nn.Linear(12, 16), nn.Linear(12, 24)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (layer(z).unflatten(-1, (4, -1)).transpose(1, 2) for layer, z in ((self.q, x), (self.k, y), (self.v, y)))
+        q, k, v = (
+            layer(z).unflatten(-1, (4, -1)).transpose(1, 2) for layer, z in ((self.q, x), (self.k, y), (self.v, y))
+        )
         given = {"each": mask[:, None], "shared": mask[0], "none": None, "causal": None}[self.mask]
         return nn.functional.scaled_dot_product_attention(q, k, v, given, is_causal=self.mask == "causal")
 
@@ -192,7 +202,10 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(11, 20), nn.Parameter(torch.randn(13, 20))
-        self.layer, self.head = nn.TransformerEncoderLayer(20, 4, 33, batch_first=True, activation="gelu"), nn.Linear(20, 11)
+        self.layer, self.head = (
+            nn.TransformerEncoderLayer(20, 4, 33, batch_first=True, activation="gelu"),
+            nn.Linear(20, 11),
+        )
 
     def forward(self, indices: Tensor) -> Tensor:
         result: Tensor = self.head(self.layer(self.tokens(indices) + self.places))
@@ -270,7 +283,10 @@ def test_a_batch_norm_that_stays() -> None:
 
 @pytest.mark.parametrize("method", ["ptsq", "ptdq", "woq"])
 def test_empty_batches_and_single_pixels(method: str) -> None:
-    model, x = seeded(lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(5, 2))), normal(2, 3, 1, 1)
+    model, x = (
+        seeded(lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(5, 2))),
+        normal(2, 3, 1, 1),
+    )
     for inputs in (x[:0], x[:1]):
         assert_same(model, (x,), Recipe(method=method), (inputs,))
 
@@ -285,7 +301,10 @@ def test_ranges_of_any_size(spread: float) -> None:
 
 
 def test_values_beyond_the_calibrated_range_and_nan() -> None:
-    model, x = seeded(lambda: nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(), nn.Conv2d(20, 4, 1))), normal(2, 3, 6, 6)
+    model, x = (
+        seeded(lambda: nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(), nn.Conv2d(20, 4, 1))),
+        normal(2, 3, 6, 6),
+    )
     odd = 100 * x
     odd[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     assert_same(model, (x,), Recipe(method="ptsq"), (odd,))
@@ -305,7 +324,9 @@ def test_dynamic_codes_refuse_what_is_not_finite(make: Callable[[], nn.Module]) 
 @pytest.mark.parametrize("method", ["ptsq", "ptdq", "woq"])
 def test_another_shape_is_refused_not_read_past_its_end(method: str) -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 3, groups=5)))
-    shapes = {"dynamic_shapes": {"input": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}}
+    shapes = {
+        "dynamic_shapes": {"input": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
+    }
     x = normal(2, 3, 9, 9)
     q = qbench.quantize(model, (x,), Recipe(method=method), calibration=[(x,)], backend="native", **shapes)
     assert q(normal(1, 3, 12, 7)).shape == (1, 5, 8, 3)
@@ -342,7 +363,10 @@ def test_trained_networks_of_the_four_families(name: str, method: str, granulari
 
 
 def test_threads_and_batches_do_not_matter() -> None:
-    model, x = seeded(lambda: nn.Sequential(nn.Conv2d(3, 70, 3), nn.ReLU(), nn.Flatten(), nn.Linear(70 * 49, 40))), normal(9, 3, 9, 9)
+    model, x = (
+        seeded(lambda: nn.Sequential(nn.Conv2d(3, 70, 3), nn.ReLU(), nn.Flatten(), nn.Linear(70 * 49, 40))),
+        normal(9, 3, 9, 9),
+    )
     q = qbench.quantize(model, (x,), Recipe(method="ptsq"), calibration=[(x,)], backend="native")
     one = q(x)
     torch.set_num_threads(2)
@@ -372,17 +396,21 @@ def test_the_portable_path_gives_the_same_bytes() -> None:
     environment = os.environ | {"QBENCH_ISA": "portable", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "sha256", lambda: "0" * 64)
-    library.library.cache_clear()
+    for cached in (library.library, sources.built):
+        cached.cache_clear()
     try:
-        with pytest.raises(library.NativeUnavailable, match="not built from these sources; reinstall qbench"):
+        with pytest.raises(library.NativeUnavailable, match="not built here; install a C"):
             library.library()
     finally:
         monkeypatch.undo()
-        library.library.cache_clear()
+        for cached in (library.library, sources.built):
+            cached.cache_clear()
         library.library()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from qbench.native import sources
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
     from qbench.program import Macs
 
 __all__ = ["native", "reference"]
+
+
+def default() -> str:
+    """The backend that runs when none is named: native where it is built, else reference."""
+    return "native" if sources.built() else "reference"
 
 
 class Backend(Protocol):
@@ -32,6 +39,10 @@ class Backend(Protocol):
 
     def call(self, target: Any) -> Callable[..., Any]:
         """What runs a call of aten in the program, one that moves codes or computes in float: most often itself."""
+        ...
+
+    def environment(self) -> dict[str, Any]:
+        """What it adds to the environment of a record."""
         ...
 
 
@@ -56,6 +67,12 @@ class native:
         found: Callable[..., Any] = CALLS[target](target) if target in CALLS else target
         return found
 
+    def environment(self) -> dict[str, Any]:
+        """The instruction set whose kernels run."""
+        from qbench.native.library import isa
+
+        return {"native_isa": isa()}
+
 
 @dataclass(frozen=True)
 class reference:
@@ -75,3 +92,7 @@ class reference:
         """See Backend."""
         found: Callable[..., Any] = target
         return found
+
+    def environment(self) -> dict[str, Any]:
+        """Nothing: it is the same everywhere."""
+        return {}

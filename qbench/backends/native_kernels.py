@@ -207,7 +207,9 @@ def _average_pool(c: Constants, macs: Macs) -> Kernel:
     def places(h: int, w: int) -> _Places:
         if (h, w) not in known:
             ones = torch.ones(1, h, w, dtype=torch.float64)
-            pool = (aten.avg_pool2d(ones, *window, c["ceil_mode"], c["count_include_pad"], d) for d in (1, c["divisor"]))
+            pool = (
+                aten.avg_pool2d(ones, *window, c["ceil_mode"], c["count_include_pad"], d) for d in (1, c["divisor"])
+            )
             inside, mean = pool
             ends = [
                 [(min(max(i * s - p, 0), size), min(max(i * s - p + k, 0), size)) for i in range(count)]

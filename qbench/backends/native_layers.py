@@ -302,7 +302,11 @@ def static(kind: str, c: Constants, macs: Macs) -> Kernel:
                 raise ValueError(f"a residual of shape {list(residual.shape)} met a result of {list(y.shape)}")
         operands = Operands(x.data_ptr(), pointer(residual), None, y.data_ptr(), samples)
         macs.int8 += shape.multiply(
-            byref(shape.weight.structure), byref(finish.structure), byref(window), byref(rows.structure), byref(operands)
+            byref(shape.weight.structure),
+            byref(finish.structure),
+            byref(window),
+            byref(rows.structure),
+            byref(operands),
         )
         return shape.outward(y)
 

@@ -83,9 +83,7 @@ def static(c: Constants, macs: Macs) -> Kernel:
         cell = layer.cell_state(cell, samples)
         y = torch.empty(x.shape[0], samples, layer.hidden, dtype=torch.uint8)
         call = layer.call(x.shape[0], samples)
-        macs.int8 += library().qb_lstm(
-            byref(call), x.data_ptr(), state.data_ptr(), cell.data_ptr(), y.data_ptr()
-        )
+        macs.int8 += library().qb_lstm(byref(call), x.data_ptr(), state.data_ptr(), cell.data_ptr(), y.data_ptr())
         return y, y[-1:], cell.unsqueeze(0)
 
     return run

@@ -42,14 +42,14 @@ class _Operands:
         self.mask = None if expanded is None else expanded.contiguous()
 
     def call(self, **options: float) -> Attention:
-        return Attention(
-            self.batch.numel(), *self.sizes, mask=pointer(self.mask), mask_shared=self.shared, **options
-        )
+        return Attention(self.batch.numel(), *self.sizes, mask=pointer(self.mask), mask_shared=self.shared, **options)
 
 
 def attention(c: Constants, macs: Macs) -> Kernel:
     """Codes in, codes out."""
-    options = {name: c[name] for name in ("q_zero_point", "k_zero_point", "v_zero_point", "zero_point", "q_min", "q_max")}
+    options = {
+        name: c[name] for name in ("q_zero_point", "k_zero_point", "v_zero_point", "zero_point", "q_min", "q_max")
+    }
     options["m_scores"] = round_to_float32(c["q_scale"] * c["k_scale"] * c["factor"])
     options["m"] = float(multiplier(PROBABILITIES.scale, c["v_scale"], c["scale"]))
     options["causal"] = c["causal"]

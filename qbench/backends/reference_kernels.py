@@ -14,7 +14,6 @@ without that bound and torch._int_mm (saturates on some CPUs) would not be exact
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qbench.backends import reference_between as between
 from qbench.backends import reference_lstm
 from qbench.backends import reference_transformer as transformer
+from qbench.backends.reference_between import requantizer, shifted
 from qbench.backends.reference_transposed import TransposedSums
-from qbench.numerics import centred, dequantize, dequantize_weight, dynamic_codes, multiplier, quantize, saturate_
+from qbench.numerics import centred, dequantize_weight, dynamic_codes, multiplier
 from qbench.recipe import option
 from qbench.transposed import swapped
 
@@ -37,16 +38,6 @@ aten = torch.ops.aten
 Kernel = Callable[..., Any]
 Constants = dict[str, Any]
 LARGEST_EXACT_FLOAT32 = 2**24
-
-
-def _shifted(x: Tensor, zero_point: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """q - zero_point, exact in a float type."""
-    return x.to(dtype).sub_(zero_point)
-
-
-def _requantizer(c: Constants) -> Callable[[Tensor], Tensor]:
-    """R of an operation's result, which is overwritten."""
-    return lambda v: saturate_(v, c["zero_point"], c["q_min"], c["q_max"], torch.uint8).contiguous()
 
 
 def _clamped(c: Constants) -> Callable[[Tensor], Tensor]:
@@ -173,19 +164,19 @@ def _static(sums: Sums, c: Constants) -> Kernel:
     y_scale = 1.0 if c["scale"] is None else c["scale"]
     multipliers = [sums.by_output(m) for m in multiplier(c["x_scale"], c["weight_scale"], y_scale).unbind(1)]
     residual_multiplier = multiplier(c["residual_scale"], 1.0, y_scale)
-    bias, finish = c["bias"], _clamped(c) if c["scale"] is None else _requantizer(c)
+    bias, finish = c["bias"], _clamped(c) if c["scale"] is None else requantizer(c)
     on_grid = bias is not None and not bias.is_floating_point()
     grid_bias = sums.by_output(bias.to(sums.dtype)) if on_grid else None
     start = None if bias is None or on_grid else sums.by_output((bias.double() / y_scale).float())
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         total = start
-        for acc, m in zip(sums(_shifted(x, c["x_zero_point"], sums.dtype)), multipliers, strict=True):
+        for acc, m in zip(sums(shifted(x, c["x_zero_point"], sums.dtype)), multipliers, strict=True):
             term = (acc if grid_bias is None else acc.add_(grid_bias)).float().mul_(m)
             total = term if total is None else term.add_(total)
         assert total is not None
         if residual is not None:
-            total.add_(_shifted(residual, c["residual_zero_point"], torch.float32).mul_(residual_multiplier))
+            total.add_(shifted(residual, c["residual_zero_point"], torch.float32).mul_(residual_multiplier))
         return finish(total)
 
     return run
@@ -274,108 +265,9 @@ def _dynamic_lstm(c: Constants, macs: Macs) -> Kernel:
     return reference_lstm.dynamic(*products, _dynamic_codes(c["scheme"]), c)
 
 
-# --- between layers --------------------------------------------------------------------------------------------------
-
-
-def _quantize(c: Constants, macs: Macs) -> Kernel:
-    scale = torch.tensor(c["scale"])
-    return lambda x: quantize(x, scale, c["zero_point"], c["q_min"], c["q_max"]).to(torch.uint8)
-
-
-def _dequantize(c: Constants, macs: Macs) -> Kernel:
-    return lambda x: dequantize(x, c["x_scale"], c["x_zero_point"])
-
-
-def _add(c: Constants, macs: Macs) -> Kernel:
-    m_a = multiplier(c["a_scale"], 1.0, c["scale"])
-    m_b = multiplier(c["b_scale"], c["alpha"], c["scale"])
-    a_zero, b_zero, requantize = c["a_zero_point"], c["b_zero_point"], _requantizer(c)
-    return lambda a, b: requantize(
-        _shifted(a, a_zero, torch.float32).mul_(m_a) + _shifted(b, b_zero, torch.float32).mul_(m_b)
-    )
-
-
-def _mul(c: Constants, macs: Macs) -> Kernel:
-    m = multiplier(c["a_scale"], c["b_scale"], c["scale"])
-    a_zero, b_zero, requantize = c["a_zero_point"], c["b_zero_point"], _requantizer(c)
-    return lambda a, b: requantize(_shifted(a, a_zero, torch.float32) * _shifted(b, b_zero, torch.float32) * m)
-
-
-def _rescale(c: Constants, macs: Macs) -> Kernel:
-    m, requantize = multiplier(c["x_scale"], 1.0, c["scale"]), _requantizer(c)
-    return lambda x: requantize(_shifted(x, c["x_zero_point"], torch.float32) * m)
-
-
-def _averaged(c: Constants, total: Tensor, count: Tensor | int) -> Tensor:
-    """R(f32(sum) * f32(s_x / (n s_y)))."""
-    m = (c["x_scale"] / (torch.as_tensor(count, dtype=torch.float64) * c["scale"])).float()
-    return _requantizer(c)(total.float() * m)
-
-
-def _mean(c: Constants, macs: Macs) -> Kernel:
-    def run(x: Tensor) -> Tensor:
-        count = math.prod(x.shape[dim] for dim in c["dim"])
-        return _averaged(c, _shifted(x, c["x_zero_point"]).sum(c["dim"], c["keepdim"]), count)
-
-    return run
-
-
-def _average_pool(c: Constants, macs: Macs) -> Kernel:
-    flat = len(c["kernel"]) == 1
-    window = [[fill] * flat + c[name] for name, fill in (("kernel", 1), ("stride", 1), ("padding", 0))]
-
-    def pool(x: Tensor, divisor: int | None) -> Tensor:
-        y: Tensor = aten.avg_pool2d(x, *window, c["ceil_mode"], c["count_include_pad"], divisor)
-        return y
-
-    def run(x: Tensor) -> Tensor:
-        x = x.unsqueeze(-2) if flat else x
-        ones = torch.ones(1, *x.shape[-2:], dtype=torch.float64)
-        count = (pool(ones, 1) / pool(ones, c["divisor"])).round()  # what torch divides by, at each place
-        y = _averaged(c, pool(_shifted(x, c["x_zero_point"]), 1), count)
-        return y.squeeze(-2) if flat else y
-
-    return run
-
-
-def _adaptive_average_pool(c: Constants, macs: Macs) -> Kernel:
-    def counts(length: int, parts: int) -> Tensor:
-        edges = [(i * length // parts, -(-(i + 1) * length // parts)) for i in range(parts)]
-        return torch.tensor([end - start for start, end in edges], dtype=torch.float64)
-
-    def run(x: Tensor) -> Tensor:
-        lengths = x.shape[-len(c["size"]) :]
-        sizes = [length if size is None else size for size, length in zip(c["size"], lengths, strict=True)]
-        per_axis = [counts(length, size) for length, size in zip(lengths, sizes, strict=True)]
-        count = per_axis[0] if len(per_axis) == 1 else per_axis[0][:, None] * per_axis[1]
-        pool = aten.adaptive_avg_pool1d if len(sizes) == 1 else aten.adaptive_avg_pool2d
-        total = (pool(_shifted(x, c["x_zero_point"]), sizes) * count).round()  # exact: a sum of integers below 2^53
-        return _averaged(c, total, count)
-
-    return run
-
-
-def _channel_affine(c: Constants, macs: Macs) -> Kernel:
-    requantize = _requantizer(c)
-
-    def run(x: Tensor) -> Tensor:
-        gamma, beta = (c[name].reshape(-1, *[1] * (x.dim() - 2)) for name in ("gamma", "beta"))
-        return requantize(_shifted(x, c["x_zero_point"], torch.float32) * gamma + beta)
-
-    return run
-
-
-def _clamp(c: Constants, macs: Macs) -> Kernel:
-    return lambda x: x.clamp(c["q_min"], c["q_max"])
-
-
-def _table(c: Constants, macs: Macs) -> Kernel:
-    return lambda x: c["table"][x.long()]
-
-
 MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
-    "quantize": _quantize,
-    "dequantize": _dequantize,
+    "quantize": between.quantize,
+    "dequantize": between.dequantize,
     "linear": lambda c, macs: _static(_LinearSums(c, macs), c),
     "conv": lambda c, macs: _static(_ConvSums(c, macs), c),
     "conv_transpose": lambda c, macs: _static(_transposed_sums(c, macs), c),
@@ -392,15 +284,15 @@ MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
     "attention": transformer.attention,
     "dynamic_attention": transformer.dynamic_attention,
     "layer_norm": transformer.layer_norm,
-    "add": _add,
-    "mul": _mul,
-    "mean": _mean,
-    "average_pool": _average_pool,
-    "adaptive_average_pool": _adaptive_average_pool,
-    "channel_affine": _channel_affine,
-    "rescale": _rescale,
-    "clamp": _clamp,
-    "table": _table,
+    "add": between.add,
+    "mul": between.mul,
+    "mean": between.mean,
+    "average_pool": between.average_pool,
+    "adaptive_average_pool": between.adaptive_average_pool,
+    "channel_affine": between.channel_affine,
+    "rescale": between.rescale,
+    "clamp": between.clamp,
+    "table": between.table,
 }
 
 

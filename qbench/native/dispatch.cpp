@@ -36,6 +36,8 @@ extern "C" {
 const char* qb_sources() { return QB_SOURCES; }
 const char* qb_isa() { return kernels().name; }
 
+int64_t qb_peak(int64_t rounds) { return kernels().peak(rounds); }
+
 int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth) {
   const int64_t tiles = (outputs + TILE - 1) / TILE;
   int64_t size = 0;

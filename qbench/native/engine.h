@@ -105,6 +105,9 @@ extern "C" {
 const char* qb_sources();
 const char* qb_isa();
 
+// Multiplies in registers alone, to tell what the core does at most; returns the number of products, 0: not known.
+int64_t qb_peak(int64_t rounds);
+
 // Packs a weight [groups][outputs][depth] (already in the order of Weight) into `packed`; see qb::Weight.
 void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed);
 // The bytes of a packed weight.

@@ -47,6 +47,31 @@ void multiply(const int16_t* a, int64_t stride, const int8_t* w, int64_t pairs, 
 }
 #endif
 
+// `rounds` times as many products as fit into the registers of a tile, nothing read: returns how many, 0 for none.
+int64_t peak(int64_t rounds) {
+#ifdef QB_AVX2
+  __m256i c[2 * ROWS], a = _mm256_set1_epi16(3), w = _mm256_set1_epi16(5);
+#pragma GCC unroll 12
+  for (int i = 0; i < 2 * ROWS; ++i) c[i] = _mm256_setzero_si256();
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < 2 * ROWS; ++i) {
+      __m256i products;
+      asm volatile("vpmaddwd %1, %2, %0" : "=x"(products) : "x"(a), "x"(w));
+      c[i] = _mm256_add_epi32(c[i], products);
+    }
+  }
+  __m256i all = c[0];
+#pragma GCC unroll 12
+  for (int i = 1; i < 2 * ROWS; ++i) all = _mm256_xor_si256(all, c[i]);
+  asm volatile("" : : "x"(all));
+  return rounds * 2 * ROWS * 16;
+#else
+  (void)rounds;
+  return 0;
+#endif
+}
+
 constexpr MultiplyTile MULTIPLY[ROWS + 1] = {nullptr,     multiply<1>, multiply<2>, multiply<3>,
                                              multiply<4>, multiply<5>, multiply<6>};
 

@@ -15,6 +15,7 @@ struct Codes {  // of a result: R(v)
 
 struct Kernels {
   const char* name;
+  int64_t (*peak)(int64_t);
   int64_t (*layer)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&);
   int64_t (*depthwise)(const int16_t*, const Finish&, const Window&, const Rows&, const Operands&);
   int64_t (*transposed)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&, int64_t);

@@ -10,9 +10,19 @@ from typing import Any
 
 from qbench.native import sources
 
-__all__ = ["Attention", "Averaging", "Finish", "Operands", "Quantized", "Recurrent", "Rows", "Weight", "Window", "byref"]
+__all__ = [
+    "Attention",
+    "Averaging",
+    "Finish",
+    "Operands",
+    "Quantized",
+    "Recurrent",
+    "Rows",
+    "Weight",
+    "Window",
+    "byref",
+]
 
-CURE = "reinstall qbench, or run python -m qbench.native.build; backend=reference works without"
 FOR_ALL = 2**63 - 1  # Rows.pixels where one scale holds for everything
 
 
@@ -81,10 +91,7 @@ class Attention(Structure):
         ("causal", c_int32),
         ("m_scores", c_float),
         ("m", c_float),
-        *(
-            (name, c_int32)
-            for name in ("q_zero_point", "k_zero_point", "v_zero_point", "zero_point", "q_min", "q_max")
-        ),
+        *((name, c_int32) for name in ("q_zero_point", "k_zero_point", "v_zero_point", "zero_point", "q_min", "q_max")),
     ]
 
 
@@ -106,6 +113,7 @@ _LAYER = [POINTER(Weight), POINTER(Finish), POINTER(Window), POINTER(Rows), POIN
 _CODES = [c_int32, c_int32, c_int32, c_void_p]  # zero_point, q_min, q_max, y
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qb_isa": (ctypes.c_char_p, []),
+    "qb_peak": (c_int64, [c_int64]),
     "qb_packed_size": (c_int64, [c_int64] * 4),
     "qb_pack": (None, [c_void_p, *[c_int64] * 4, c_void_p]),
     "qb_layer": (c_int64, _LAYER),
@@ -141,13 +149,12 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 def library() -> ctypes.CDLL:
     """The loaded library. Raises NativeUnavailable, with the cure, where there is none for these sources."""
     if not sources.built():
-        other = " from these sources" if sources.LIBRARY.exists() else ""
-        raise NativeUnavailable(f"the native backend is not built{other}; {CURE}")
+        raise NativeUnavailable(f"{sources.WHY_NOT}; {sources.CURE}")
     _share_threads()
     try:
         loaded = ctypes.CDLL(str(sources.LIBRARY))
     except OSError as error:
-        raise NativeUnavailable(f"the native backend does not load ({error}); {CURE}") from error
+        raise NativeUnavailable(f"the native backend does not load ({error}); {sources.CURE}") from error
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def sha256() -> str:
     return digest.hexdigest()
 
 
+WHY_NOT = "the native backend is not built here"
+CURE = "install a C++ compiler and reinstall qbench, or run python -m qbench.native.build"
+
+
+@functools.cache
 def built() -> bool:
     """Is there a library of these sources? Read from its bytes: nothing is loaded."""
     return LIBRARY.exists() and sha256().encode() in LIBRARY.read_bytes()
