@@ -84,9 +84,7 @@ def every_operation(seed: int = 0) -> nn.Module:
         return EveryOperation().eval().requires_grad_(False)
 
 
-def run_op(
-    name: str, *activations: Any, macs: Macs | None = None, **arguments: Any
-) -> np.ndarray:
+def run_op(name: str, *activations: Any, macs: Macs | None = None, **arguments: Any) -> np.ndarray:
     """Execute one int8 operation on the reference, as a program of this one call; native gives the same, where built.
 
     Activations and tensors may be numpy arrays; integer activations are passed as uint8, float ones as float32.

@@ -55,8 +55,9 @@ def packed(weight: Tensor, zero_points: Tensor | None, groups: int, block_depth:
     """A qb::Weight of int8 [groups * outputs, depth], its products in the engine's order."""
     outputs, depth = weight.shape[0] // groups, weight.shape[1]
     sizes = groups, outputs, depth, block_depth
+    weight = weight.contiguous()  # held while it is read
     values = torch.empty(library().qb_packed_size(*sizes), dtype=torch.int8)
-    library().qb_pack(weight.contiguous().data_ptr(), *sizes, values.data_ptr())
+    library().qb_pack(weight.data_ptr(), *sizes, values.data_ptr())
     tiles = None if zero_points is None else tiled(_spread(zero_points, len(weight)).int(), groups)
     return Held(Weight(values.data_ptr(), pointer(tiles), *sizes), values, tiles)
 
