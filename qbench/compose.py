@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ class Composer:
         sweeps = [key_of(text) for text in arguments.overrides].count("sweep")
         self.multirun = arguments.multirun or sweeps > 0
         self.config_dir: str | None = arguments.config_dir
-        self._overrides = [*_without_engine(arguments.overrides), *arguments.overrides]
+        self._overrides = list(arguments.overrides)
         for text in arguments.overrides:
             if not key_of(text):
                 raise UsageError(not_understood(text))
@@ -162,14 +161,6 @@ def close() -> None:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-
-
-def _without_engine(overrides: Sequence[str]) -> list[str]:
-    """`backend=reference`, with a word to the user, where no backend is named and the engine is not built."""
-    if sources.built() or any(key_of(text) == "backend" for text in overrides):
-        return []
-    print(f"qbench: {sources.WHY_NOT} ({sources.CURE}); backend: reference, slower", file=sys.stderr)
-    return ["backend=reference"]
 
 
 def _hydra(config_dir: str | None) -> Hydra:

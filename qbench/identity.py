@@ -29,7 +29,13 @@ ENTRY_MODULES = ("qbench.evaluate", "qbench.measure")
 # What decides how those functions are called; the files that it imports itself change no number.
 CONDUCTORS = ("qbench.cell",)
 # Settings by which users choose the code path of the engine, of torch and of oneDNN.
-KERNEL_SETTINGS = ("QBENCH_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+KERNEL_SETTINGS = (
+    "QBENCH_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
 # The flags that choose kernels; the rest of /proc/cpuinfo changes with the operating system.
 SIMD_FLAG = re.compile(r"^(sse\d|ssse3|avx|fma|f16c|bmi|amx|asimd|sve|i8mm|bf16|neon)")
 

@@ -50,7 +50,7 @@ class Recipe:
     activation_granularity: Any = "per_row"
     observer: Any = "minmax"
     output: Any = "float"
-    backend: Any = dataclasses.field(default_factory=backends.default)
+    backend: Any = "reference"
     group_size: int = 64
     keep_float: tuple[str, ...] = ()
     calibration_samples: int | None = None

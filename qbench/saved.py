@@ -18,7 +18,6 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from qbench import structure
-from qbench.backends import default
 from qbench.encoded import DTYPES, TENSOR_DTYPES, decode_graph, encode_graph
 from qbench.model import QuantizedModel
 from qbench.program import Program
@@ -53,9 +52,9 @@ def dump(model: QuantizedModel) -> bytes:
     return save_tensors(tensors, {KEY: json.dumps(content, allow_nan=False)})  # in the order of the program's text
 
 
-def load(path: str | Path, backend: str | None = None) -> QuantizedModel:
-    """Read a `.qb` file, to run on a backend (None: the default). Raises SavedModelError when it is none, damaged, altered or of another version."""
-    chosen = option("backend", backend or default())
+def load(path: str | Path, backend: str = "reference") -> QuantizedModel:
+    """Read a `.qb` file. Raises SavedModelError when it is none, damaged, altered or of another version."""
+    chosen = option("backend", backend)
     try:
         data = Path(path).read_bytes()
     except OSError as error:

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from qbench.backends import native, reference
+from qbench.native import sources
 from qbench.ops import ACTIVATIONS
 from qbench.program import Macs, Program
-from qbench.native import sources
 
 
 def grid(*shape: int, seed: int, step: float = 0.125, limit: int = 16) -> Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from qbench.native import sources
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -15,11 +13,6 @@ if TYPE_CHECKING:
     from qbench.program import Macs
 
 __all__ = ["native", "reference"]
-
-
-def default() -> str:
-    """The backend that runs when none is named: native where it is built, else reference."""
-    return "native" if sources.built() else "reference"
 
 
 class Backend(Protocol):

@@ -222,7 +222,7 @@ def _average_pool(c: Constants, macs: Macs) -> Kernel:
 
 
 def _adaptive_average_pool(c: Constants, macs: Macs) -> Kernel:
-    flat, known = len(c["size"]) == 1, {}  # type: ignore[var-annotated]
+    flat, known = len(c["size"]) == 1, {}
 
     def places(h: int, w: int) -> _Places:
         if (h, w) not in known:
@@ -245,7 +245,7 @@ def max_pool(function: Any) -> Kernel:
 
     def run(x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False) -> Any:
         if x.dtype != torch.uint8 or x.dim() != 4 or ceil:
-            return function(x, kernel, stride, padding, dilation, ceil)
+            return function(x.contiguous(), kernel, stride, padding, dilation, ceil)
         kernel, padding, dilation = (_pair(value) for value in (kernel, padding, dilation))
         stride = _pair(stride) if stride not in ((), []) else kernel
         n, channels, h, w = x.shape
@@ -254,7 +254,7 @@ def max_pool(function: Any) -> Kernel:
             for size, p, d, k, s in zip((h, w), padding, dilation, kernel, stride, strict=True)
         ]
         if min(out) < 1 or any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
-            return function(x, kernel, stride, padding, dilation, ceil)  # torch words the error
+            return function(x.contiguous(), kernel, stride, padding, dilation, ceil)  # torch words the error
         x = codes(x.permute(0, 2, 3, 1))
         y = torch.empty((n, *out, channels), dtype=torch.uint8)
         window = Window(h, w, channels, *out, *kernel, *stride, *padding, *dilation, channels)

@@ -142,7 +142,8 @@ class _Rows:
 
     def __init__(self, c: Constants) -> None:
         weight = c["weight"]
-        self.outputs, self.inputs, self.groups = *weight.shape, 1
+        self.outputs, self.inputs = weight.shape
+        self.groups = 1
         self.weight = packed(weight, c["weight_zero_point"], 1, c["block"])
         self.window = Window(1, 1, self.inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, c["block"])
         self.multiply = library().qb_layer
@@ -278,8 +279,8 @@ class _Transposed(_Images):
         return out
 
 
-SHAPES = {"linear": _Rows, "conv": _Images, "conv_transpose": _Transposed}
 Shape = _Rows | _Images
+SHAPES: dict[str, Callable[[Constants], Shape]] = {"linear": _Rows, "conv": _Images, "conv_transpose": _Transposed}
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------

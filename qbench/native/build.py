@@ -8,12 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # the hook runs before there is a package
-import sources
+from qbench.native import sources
 
 FLAGS = (
     "-std=c++17",

@@ -9,9 +9,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-sys.path.insert(0, str(Path(__file__).parent))
-import build
-import sources
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the hook runs before the package is installed
+from qbench.native import build, sources
 
 
 class EngineHook(BuildHookInterface[Any]):

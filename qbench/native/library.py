@@ -33,13 +33,15 @@ class NativeUnavailable(RuntimeError):
 class Weight(Structure):
     """See engine.h, as for all structures here."""
 
-    _fields_ = [("values", c_void_p), ("zero_points", c_void_p)] + [
-        (name, c_int64) for name in ("groups", "outputs", "depth", "block_depth")
+    _fields_ = [
+        *((name, c_void_p) for name in ("values", "zero_points")),
+        *((name, c_int64) for name in ("groups", "outputs", "depth", "block_depth")),
     ]
 
 
 class Finish(Structure):
-    _fields_ = [(name, c_void_p) for name in ("multiplier", "bias", "start", "last")] + [
+    _fields_ = [
+        *((name, c_void_p) for name in ("multiplier", "bias", "start", "last")),
         ("residual_multiplier", c_float),
         ("residual_zero_point", c_int32),
         ("zero_point", c_int32),
