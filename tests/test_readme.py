@@ -68,9 +68,8 @@ def test_the_set_up_is_two_lines():
 
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if "mlflow" not in c and "pytest" not in c])
 def test_each_command_works(command, reader):
-    if "native" in command or "kernels" in command:
-        if not sources.built():
-            pytest.skip("the native backend is not built here")
+    if ("native" in command or "kernels" in command) and not sources.built():
+        pytest.skip("the native backend is not built here")
     ended = run(shortened(own_part(command)), reader)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout
