@@ -15,7 +15,7 @@ void in_parts(int64_t count, const F& run) {
 
 void quantize(const float* x, int64_t count, float scale, Codes codes, uint8_t* y) {
   in_parts(count, [=](int64_t i, int64_t end) {
-    for (; i < end; ++i) y[i] = codes.of(x[i] / scale);
+    encode(codes, i, end, y, [x, scale](int64_t k) { return x[k] / scale; });
   });
 }
 
@@ -60,7 +60,7 @@ int32_t quantize_rows(const float* x, int64_t rows, int64_t count, bool affine, 
     const Codes codes(zero_points[row], affine ? 0 : 1, 255);
     const float scale = scales[row];
     uint8_t* out = y + row * count;
-    for (int64_t k = 0; k < count; ++k) out[k] = codes.of(at[k] / scale);
+    encode(codes, 0, count, out, [at, scale](int64_t k) { return at[k] / scale; });
   }
   return odd;
 }
@@ -74,15 +74,18 @@ void dequantize(const uint8_t* x, int64_t count, float scale, int32_t zero_point
 void add(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, float m_a, int32_t b_zero, float m_b,
          Codes codes, uint8_t* y) {
   in_parts(count, [=](int64_t i, int64_t end) {
-    for (; i < end; ++i) y[i] = codes.of(float(int32_t(a[i]) - a_zero) * m_a + float(int32_t(b[i]) - b_zero) * m_b);
+    encode(codes, i, end, y, [=](int64_t k) {
+      return float(int32_t(a[k]) - a_zero) * m_a + float(int32_t(b[k]) - b_zero) * m_b;
+    });
   });
 }
 
 void mul(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, int32_t b_zero, float m, Codes codes,
          uint8_t* y) {
   in_parts(count, [=](int64_t i, int64_t end) {
-    for (; i < end; ++i)
-      y[i] = codes.of(float((int32_t(a[i]) - a_zero) * (int32_t(b[i]) - b_zero)) * m);
+    encode(codes, i, end, y, [=](int64_t k) {
+      return float((int32_t(a[k]) - a_zero) * (int32_t(b[k]) - b_zero)) * m;
+    });
   });
 }
 
@@ -133,7 +136,7 @@ void average(const uint8_t* x, const Averaging& a, int64_t samples, Codes codes,
         }
       uint8_t* out = y + (line * a.out_width + j) * a.channels;
       const float m = a.multipliers[i * a.out_width + j];
-      for (int64_t c = 0; c < a.channels; ++c) out[c] = codes.of(float(sums[c]) * m);
+      encode(codes, 0, a.channels, out, [sums, m](int64_t c) { return float(sums[c]) * m; });
     }
   }
 }
@@ -143,8 +146,9 @@ void channel_affine(const uint8_t* x, int64_t pixels, int64_t channels, int32_t 
                     const float* beta, Codes codes, uint8_t* y) {
   in_parts(pixels, [=](int64_t pixel, int64_t end) {
     for (; pixel < end; ++pixel)
-      for (int64_t c = 0; c < channels; ++c)
-        y[pixel * channels + c] = codes.of(float(int32_t(x[pixel * channels + c]) - x_zero) * gamma[c] + beta[c]);
+      encode(codes, 0, channels, y + pixel * channels, [at = x + pixel * channels, x_zero, gamma, beta](int64_t c) {
+        return float(int32_t(at[c]) - x_zero) * gamma[c] + beta[c];
+      });
   });
 }
 

@@ -11,7 +11,8 @@ void layer_norm(const uint8_t* x, int64_t rows, int64_t count, int32_t x_zero, d
     int64_t sum = 0, squares = 0;
     for (int64_t first = 0; first < count; first += 1 << 14) {  // 255^2 * 2^14 < 2^31
       int32_t some = 0, some_squares = 0;
-      for (int64_t i = first; i < std::min<int64_t>(count, first + (1 << 14)); ++i) {
+      const int64_t end = std::min<int64_t>(count, first + (1 << 14));
+      for (int64_t i = first; i < end; ++i) {
         const int32_t v = int32_t(at[i]) - x_zero;
         some += v;
         some_squares += v * v;
@@ -22,8 +23,9 @@ void layer_norm(const uint8_t* x, int64_t rows, int64_t count, int32_t x_zero, d
     const double mean = double(sum) / double(count), variance = double(squares) / double(count) - mean * mean;
     const float shift = float(mean), rstd = float(x_scale / std::sqrt(variance * (x_scale * x_scale) + eps));
     uint8_t* out = y + row * count;
-    for (int64_t i = 0; i < count; ++i)
-      out[i] = codes.of(((float(int32_t(at[i]) - x_zero) - shift) * rstd) * gamma[i] + beta[i]);
+    encode(codes, 0, count, out, [=](int64_t i) {
+      return ((float(int32_t(at[i]) - x_zero) - shift) * rstd) * gamma[i] + beta[i];
+    });
   }
 }
 

@@ -5,7 +5,7 @@ namespace {
 constexpr int64_t STEPS_AT_ONCE = 32;  // whose gates stay in the cache
 
 // One step of one sample: gates i, f, g, o [4 * hidden]; c is read and written.
-inline void cell(const float* gates, int64_t hidden, float* c, float* h) {
+inline void cell(const float* __restrict gates, int64_t hidden, float* __restrict c, float* __restrict h) {
   const float *i = gates, *f = gates + hidden, *g = gates + 2 * hidden, *o = gates + 3 * hidden;
   for (int64_t j = 0; j < hidden; ++j) {
     const float kept = sigmoid(f[j]) * c[j] + sigmoid(i[j]) * hyperbolic_tangent(g[j]);
@@ -43,9 +43,9 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
     for (int64_t t = first; t < first + count; ++t) {
       macs += layer(r.weight_hh, r.finish_hh, h_window, h_rows, {h, nullptr, gates + (t - first) * n * all, step, n});
       uint8_t* out = y + t * n * hidden;
-      for_samples(n, hidden, [=](int64_t s) {
+      for_samples(n, hidden, [=, scale = r.scale](int64_t s) {
         cell(step + s * all, hidden, c + s * hidden, values + s * hidden);
-        for (int64_t j = s * hidden; j < (s + 1) * hidden; ++j) out[j] = codes.of(values[j] / r.scale);
+        encode(codes, s * hidden, (s + 1) * hidden, out, [values, scale](int64_t j) { return values[j] / scale; });
       });
       h = out;
     }
