@@ -12,10 +12,14 @@ struct PackedRows {
   void pack(const uint8_t* x, int64_t columns, int64_t depth, int64_t of_output, int64_t of_product) {
     pairs = (depth + 1) / 2;
     std::memset(values, 0, rounded_up(columns, TILE) * 2 * pairs);
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t j = 0; j < columns; ++j)
-        values[((j / TILE * pairs + k / 2) * TILE + j % TILE) * 2 + k % 2] =
-            int8_t(int32_t(x[j * of_output + k * of_product]) - 128);
+    for (int64_t j = 0; j < columns; ++j) {
+      const uint8_t* at = x + j * of_output;
+      int8_t* to = values + (j / TILE * pairs * TILE + j % TILE) * 2;
+      for (int64_t k = 0; k < depth; ++k, at += of_product) {
+        to[k % 2] = int8_t(int32_t(*at) - 128);
+        to += k % 2 * 2 * TILE;
+      }
+    }
   }
   const int8_t* tile(int64_t index) const { return values + index * pairs * 2 * TILE; }
 };

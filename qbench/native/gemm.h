@@ -50,22 +50,19 @@ void multiply(const int16_t* a, int64_t stride, const int8_t* w, int64_t pairs, 
 // `rounds` times as many products as fit into the registers of a tile, nothing read: returns how many, 0 for none.
 int64_t peak(int64_t rounds) {
 #ifdef QB_AVX2
-  __m256i c[2 * ROWS], a = _mm256_set1_epi16(3), w = _mm256_set1_epi16(5);
-#pragma GCC unroll 12
-  for (int i = 0; i < 2 * ROWS; ++i) c[i] = _mm256_setzero_si256();
-  for (int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 12
-    for (int i = 0; i < 2 * ROWS; ++i) {
-      __m256i products;
-      asm volatile("vpmaddwd %1, %2, %0" : "=x"(products) : "x"(a), "x"(w));
-      c[i] = _mm256_add_epi32(c[i], products);
-    }
-  }
-  __m256i all = c[0];
-#pragma GCC unroll 12
-  for (int i = 1; i < 2 * ROWS; ++i) all = _mm256_xor_si256(all, c[i]);
-  asm volatile("" : : "x"(all));
-  return rounds * 2 * ROWS * 16;
+  __m256i a = _mm256_set1_epi16(3), c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, t0, t1;
+  c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = c8 = c9 = _mm256_setzero_si256();
+  for (int64_t round = 0; round < rounds; ++round)  // by hand: a compiler would keep an array of sums in memory
+    asm volatile(
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %0, %0\n vpaddd %11, %1, %1\n"
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %2, %2\n vpaddd %11, %3, %3\n"
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %4, %4\n vpaddd %11, %5, %5\n"
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %6, %6\n vpaddd %11, %7, %7\n"
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %8, %8\n vpaddd %11, %9, %9\n"
+        : "+x"(c0), "+x"(c1), "+x"(c2), "+x"(c3), "+x"(c4), "+x"(c5), "+x"(c6), "+x"(c7), "+x"(c8), "+x"(c9),
+          "=&x"(t0), "=&x"(t1)
+        : "x"(a));
+  return rounds * 10 * 16;
 #else
   (void)rounds;
   return 0;
