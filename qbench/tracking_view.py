@@ -36,7 +36,7 @@ EXPERIMENT_TAGS = {"mlflow.note.content": NOTE, "mlflow.experimentKind": "custom
 COLUMNS = {
     "attributes.`Run Name`": 250,
     "metrics.`score`": 75,
-    "metrics.`score_drop`": 100,
+    "metrics.`drop_percent`": 110,
     "metrics.`size_bytes`": 95,
     "metrics.`size_ratio`": 85,
     "metrics.`latency_ms_median`": 150,
@@ -69,7 +69,7 @@ def state(sweep: str, tasks: list[str], timed: bool) -> dict[str, Any]:
     shown = {name: width for name, width in COLUMNS.items() if timed or "speedup" not in name}
     return {
         "searchFilter": query,
-        "orderByKey": "metrics.`score_drop`",
+        "orderByKey": "metrics.`drop_percent`",
         "orderByAsc": True,
         "startTime": "ALL",
         "lifecycleFilter": "Active",

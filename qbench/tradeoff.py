@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED)
 MARKERS = ("o", "s", "^", "D", "v")
+MOST_ACROSS = 3  # panels side by side
 
 
 def tradeoff_figure(records: Sequence[Record], path: Path) -> None:
@@ -26,10 +28,15 @@ def tradeoff_figure(records: Sequence[Record], path: Path) -> None:
     drawn = [block for block in blocks(records) if any(_has_both(r) for r in block.done)]
     if not drawn:
         raise ValueError("no record has a score drop and a size: nothing to draw")
-    figure = new_figure(6.2 * len(drawn), 5.0)
+    across = min(len(drawn), MOST_ACROSS)
+    down = math.ceil(len(drawn) / across)
+    figure = new_figure(6.2 * across, 4.6 * down + 0.4)
     look = _Look(records)
-    for ax, block in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for ax, block in zip(panels, drawn, strict=False):
         _panel(ax, block, look)
+    for ax in panels[len(drawn) :]:
+        ax.set_axis_off()
     figure.legend(handles=look.legend(), loc="outside lower center", ncols=8, fontsize=9)
     save(figure, path)
 
@@ -78,7 +85,8 @@ def _panel(ax: Axes, block: Block, look: _Look) -> None:
     if max(drops) > 20 * typical:  # one collapse must not flatten all others
         ax.set_yscale("symlog", linthresh=2 * typical)
     ax.set_xlabel("file, MB")
-    ax.set_ylabel(f"score drop, {difference_unit(block.done[0])}; up is worse")
+    unit = difference_unit(block.done[0])
+    ax.set_ylabel(f"score drop{', ' * bool(unit)}{unit}; up is worse")
     ax.set_title(block.task + _fp32(block))
 
 

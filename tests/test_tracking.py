@@ -207,6 +207,7 @@ def test_several_tasks_share_the_relative_drop_and_have_a_view_each():
     one = tracking_view.state("all", ["resnet18"], timed=True)
     first = [next(c["yaxis"]["key"] for c in s["compareRunCharts"] if c["type"] == "SCATTER") for s in (both, one)]
     assert first == ["drop_percent", "score"]
+    assert both["orderByKey"] == "metrics.`drop_percent`"  # points and bits cannot be sorted together
     assert "params.`task` = 'resnet18'" in one["searchFilter"]
     assert "metrics.`speedup`" in one["selectedColumns"]
     keys = {tracking_view.view_key("all"), tracking_view.view_key("all", "resnet18"), tracking_view.view_key("smoke")}
