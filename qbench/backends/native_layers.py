@@ -5,6 +5,7 @@ Images are channels last in memory, so that no engine call moves them; a result 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,10 @@ def packed(weight: Tensor, zero_points: Tensor | None, groups: int, block_depth:
     sizes = groups, outputs, depth, block_depth
     weight = weight.contiguous()  # held while it is read
     values = torch.empty(library().qb_packed_size(*sizes), dtype=torch.int8)
-    library().qb_pack(weight.data_ptr(), *sizes, values.data_ptr())
+    totals = torch.empty(math.ceil(depth / block_depth), groups, math.ceil(outputs / TILE) * TILE, dtype=torch.int32)
+    library().qb_pack(weight.data_ptr(), *sizes, values.data_ptr(), totals.data_ptr())
     tiles = None if zero_points is None else tiled(_spread(zero_points, len(weight)).int(), groups)
-    return Held(Weight(values.data_ptr(), pointer(tiles), *sizes), values, tiles)
+    return Held(Weight(values.data_ptr(), totals.data_ptr(), pointer(tiles), *sizes), values, totals, tiles)
 
 
 def by_blocks(weight: Tensor, block: int) -> Tensor:
@@ -254,18 +256,62 @@ class _Transposed(_Images):
 
     def __init__(self, c: Constants) -> None:
         self.more = [0] * (c["weight"].dim() == 3) + list(c["output_padding"])
+        self.phase_windows: dict[tuple[int, int], Any] = {}
         super().__init__(c)
 
     def prepare(self, c: Constants, weight: Tensor) -> None:
-        """Each tap of each group of channels is a matrix of its own."""
-        taps = math.prod(self.kernel)
-        by_tap = weight.flatten(2).unflatten(0, (self.groups, -1)).permute(0, 3, 1, 2).flatten(0, 2)
-        zero_point = c["weight_zero_point"]
-        if zero_point is not None:
-            of_group = _spread(zero_point, self.outputs).unflatten(0, (self.groups, -1))
-            zero_point = of_group.unsqueeze(1).expand(-1, taps, -1, -1).flatten(0, 2)
-        self.weight = packed(by_tap, zero_point, self.groups * taps, self.block)
-        self.multiply = lambda *arguments: int(library().qb_transposed(*arguments, self.groups))
+        """Pack a weight for each phase: the output pixels (y, x) with the same y % stride, x % stride meet the same taps."""
+        self.phases = list(itertools.product(*(range(s) for s in self.stride)))
+        self.held = [
+            packed(self.products(weight, phase), c["weight_zero_point"], self.groups, self.depth_of(phase))
+            for phase in self.phases
+        ]
+        self.weight = Held((Weight * len(self.held))(*(held.structure for held in self.held))[0])
+        self.multiply = lambda *arguments: int(
+            library().qb_transposed(*arguments, len(self.phases), math.prod(self.kernel))
+        )
+
+    def taps(self, phase: tuple[int, ...]) -> list[range]:
+        """The taps that reach the pixels of a phase, along each axis."""
+        return [
+            range(*_progression(first + p, d, s, k))
+            for first, p, d, s, k in zip(phase, self.padding, self.dilation, self.stride, self.kernel, strict=True)
+        ]
+
+    def products(self, weight: Tensor, phase: tuple[int, ...]) -> Tensor:
+        """The weight [outputs, inputs of a group, kh, kw] at a phase's taps; where there are none, one tap of 0."""
+        rows, columns = (list(taps) for taps in self.taps(phase))
+        if not rows or not columns:
+            return torch.zeros(len(weight), weight.shape[1], dtype=torch.int8)
+        return by_blocks(weight[:, :, rows][:, :, :, columns], self.block)
+
+    def depth_of(self, phase: tuple[int, ...]) -> int:
+        """Products in a block of a phase's weight."""
+        return self.block * max(math.prod(len(taps) for taps in self.taps(phase)), 1)
+
+    def window_of(self, x: Tensor) -> tuple[Any, tuple[int, ...], int]:
+        n, h, w, _ = x.shape
+        out = self.out_sizes(h, w)
+        if (h, w) not in self.phase_windows:
+            windows = [self.phase_window(phase, (h, w), out) for phase in self.phases]
+            self.phase_windows[h, w] = (Window * len(windows))(*windows)[0]
+        return self.phase_windows[h, w], (n, *out, self.outputs), n
+
+    def phase_window(self, phase: tuple[int, ...], size: tuple[int, int], out: list[int]) -> Window:
+        """An ordinary convolution of stride 1 from x to every stride-th pixel of the result."""
+        counts = [-(-(length - first) // s) if length > first else 0 for length, first, s in zip(out, phase, self.stride, strict=True)]
+        taps = self.taps(phase)
+        if not all(taps):  # one tap, beside the image
+            kernel, padding, dilation = [1, 1], [-size[0], -size[1]], [1, 1]
+        else:
+            kernel = [len(axis) for axis in taps]
+            padding = [
+                -(first + p - axis[0] * d) // s
+                for first, p, axis, d, s in zip(phase, self.padding, taps, self.dilation, self.stride, strict=True)
+            ]
+            dilation = [-(axis.step * d) // s for axis, d, s in zip(taps, self.dilation, self.stride, strict=True)]
+        placed = *out, *phase, *self.stride
+        return Window(*size, self.inputs, *counts, *kernel, 1, 1, *padding, *dilation, self.block, *placed)
 
     def out_sizes(self, h: int, w: int) -> list[int]:
         out = [
@@ -277,6 +323,13 @@ class _Transposed(_Images):
         if min(out) < 1:
             raise ValueError(f"a padding of {self.padding} leaves nothing of a result of {h} x {w} pixels")
         return out
+
+
+def _progression(first: int, dilation: int, stride: int, kernel: int) -> tuple[int, int, int]:
+    """The taps i < kernel with (first - i * dilation) divisible by the stride, as a range's arguments."""
+    step = stride // math.gcd(stride, dilation)
+    start = next((i for i in range(min(step, kernel)) if (first - i * dilation) % stride == 0), kernel)
+    return start, kernel, step
 
 
 Shape = _Rows | _Images

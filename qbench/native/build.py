@@ -22,6 +22,8 @@ FLAGS = (
     "-fPIC",
     "-fopenmp",
     "-Wall",
+    "-Wno-maybe-uninitialized",  # of g++ 12 about its own intrinsics
+    "-Wno-psabi",  # vectors never leave their file
 )
 LINK_FLAGS = ("-shared", "-Wl,-z,lazy")
 

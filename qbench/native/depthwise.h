@@ -33,23 +33,21 @@ inline void in_order(int32_t* sums) {
 
 int64_t depthwise(const int16_t* weight, const Finish& finish, const Window& v, const Rows& rows, const Operands& o) {
   const int64_t channels = v.channels, pixels = v.out_height * v.out_width, taps = v.kernel_height * v.kernel_width;
-  // A weight of one row of TILE outputs a tile is all that the finisher asks about.
-  const Weight shape{nullptr, nullptr, 1, channels, taps, taps};
-  Window pointwise = v;
-  pointwise.block = channels;
-  const Product p(shape, finish, pointwise, rows, o);
-  const int64_t lines = o.samples * v.out_height;
+  const Weight shape{nullptr, nullptr, nullptr, 1, channels, taps, taps};  // all that a finisher asks about
+  const int64_t lines = o.samples * v.out_height, tiles = (channels + TILE - 1) / TILE;
   const int threads = threads_for(o.samples * pixels * channels * taps, WORTH_A_THREAD);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t line = 0; line < lines; ++line) {
     const int64_t sample = line / v.out_height, top = line % v.out_height * v.stride_height - v.padding_height;
     const uint8_t* image = static_cast<const uint8_t*>(o.x) + sample * v.height * v.width * channels;
-    for (int64_t column = 0; column < v.out_width; ++column) {
-      const int64_t row = line * v.out_width + column, left = column * v.stride_width - v.padding_width;
-      const int32_t zero = rows.zero_points[row / rows.pixels];
-      for (int64_t first = 0; first < channels; first += CHANNELS) {
-        alignas(32) int32_t sums[CHANNELS] = {};
-        const int64_t count = std::min<int64_t>(CHANNELS, channels - first);
+    const int32_t zero = rows.zero_points[line * v.out_width / rows.pixels];
+    for (int64_t first = 0; first < channels; first += CHANNELS) {
+      const int64_t count = std::min<int64_t>(CHANNELS, channels - first);
+      int64_t place = line * v.out_width * channels;
+      Finisher finisher(shape, finish, rows, o, tiles, 0, first / TILE, 1, false, &place);
+      for (int64_t column = 0; column < v.out_width; ++column, place += channels) {
+        const int64_t left = column * v.stride_width - v.padding_width;
+        alignas(64) int32_t sums[CHANNELS] = {};
         for (int64_t i = 0; i < v.kernel_height; ++i) {
           const int64_t y = top + i * v.dilation_height;
           if (y < 0 || y >= v.height) continue;
@@ -68,11 +66,8 @@ int64_t depthwise(const int16_t* weight, const Finish& finish, const Window& v, 
           }
         }
         in_order(sums);
-        const TileFinisher finisher(p, 0, first / TILE);
-        float t[1][TILE];
-        finisher.begin(row, 1, t);
-        finisher.block(row, 1, 0, sums, nullptr, t);
-        finisher.end(row, 1, t);
+        alignas(64) float t[TILE];
+        finisher.whole(line * v.out_width + column, 1, sums, nullptr, t);
       }
     }
   }

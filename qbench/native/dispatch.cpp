@@ -2,6 +2,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "kernels.h"
 
@@ -13,14 +16,27 @@ namespace {
 
 using namespace qb;
 
+#if defined(__x86_64__)
+bool has_avx_vnni() {  // g++ 12 has no name for it
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+// The best that this CPU has; QBENCH_ISA names one that is to run instead, or is passed over where it cannot.
 const Kernels& chosen() {
   const char* forced = std::getenv("QBENCH_ISA");
+  const auto may = [forced](const Kernels& k) { return !forced || !*forced || !std::strcmp(forced, k.name); };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool portable_only = forced && !std::strcmp(forced, "portable");
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !portable_only) return avx2;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  if (has_vnni && may(avx512_vnni)) return avx512_vnni;
+  if (has_avx2 && has_avx_vnni() && may(avx_vnni)) return avx_vnni;
+  if (has_avx2 && may(avx2)) return avx2;
 #endif
-  (void)forced;
+  (void)may;
   return portable;
 }
 
@@ -39,27 +55,12 @@ const char* qb_isa() { return kernels().name; }
 int64_t qb_peak(int64_t rounds) { return kernels().peak(rounds); }
 
 int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth) {
-  const int64_t tiles = (outputs + TILE - 1) / TILE;
-  int64_t size = 0;
-  for (int64_t first = 0; first < depth; first += block_depth)
-    size += rounded_up(std::min(block_depth, depth - first), 2) * TILE * tiles * groups;
-  return size;
+  return kernels().packed_size(groups, outputs, depth, block_depth);
 }
 
-void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed) {
-  const int64_t tiles = (outputs + TILE - 1) / TILE;
-  for (int64_t group = 0; group < groups; ++group)
-    for (int64_t first = 0; first < depth; first += block_depth) {
-      const int64_t count = std::min(block_depth, depth - first);
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        for (int64_t k = 0; k < rounded_up(count, 2); k += 2)
-          for (int64_t j = 0; j < TILE; ++j)
-            for (int64_t half = 0; half < 2; ++half) {
-              const int64_t output = tile * TILE + j;
-              const bool there = output < outputs && k + half < count;
-              *packed++ = there ? weight[(group * outputs + output) * depth + first + k + half] : int8_t(0);
-            }
-    }
+void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed,
+             int32_t* totals) {
+  kernels().pack(weight, groups, outputs, depth, block_depth, packed, totals);
 }
 
 int64_t qb_layer(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
@@ -73,8 +74,8 @@ int64_t qb_depthwise(const int16_t* weight, const Finish* finish, const Window* 
 }
 
 int64_t qb_transposed(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
-                      const Operands* operands, int64_t groups) {
-  return kernels().transposed(*weight, *finish, *window, *rows, *operands, groups);
+                      const Operands* operands, int64_t phases, int64_t taps) {
+  return kernels().transposed(weight, *finish, window, *rows, *operands, phases, taps);
 }
 
 int64_t qb_weight_only(const Weight* weight, const float* scales, const Finish* finish, const Window* window,

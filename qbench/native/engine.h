@@ -12,10 +12,11 @@ namespace qb {
 
 constexpr int TILE = 16;  // outputs that lie side by side in a packed weight
 
-// A weight [groups * outputs][depth], packed by qb_pack. `depth` counts the products of one output, in the order
+// A weight [groups * outputs][depth], packed by qb_pack for the instruction set that runs. `depth` counts the products of one output, in the order
 // block, kernel row, kernel column, input of the block; a block has `block_depth` of them, the last one may be shorter.
 struct Weight {
-  const int8_t* values;        // [groups][blocks][tiles][pairs of products][TILE][2], padded with 0
+  const int8_t* values;        // [groups][blocks][tiles][depth / n][TILE][n], n products side by side, padded with 0
+  const int32_t* totals;       // sum of the values of an output: [blocks][groups][tiles * TILE]
   const int32_t* zero_points;  // [blocks][groups][tiles * TILE]; null: all 0
   int64_t groups, outputs, depth, block_depth;
 };
@@ -41,6 +42,8 @@ struct Window {
   int64_t kernel_height, kernel_width, stride_height, stride_width, padding_height, padding_width;
   int64_t dilation_height, dilation_width;
   int64_t block;  // input channels (of a group) in a block of the weight
+  // Where output pixels lie in a larger result [result_height][result_width]: from (first_row, first_column) in steps.
+  int64_t result_height, result_width, first_row, first_column, step_height, step_width;  // result_width 0: they are it
 };
 
 // The zero points and scales of x: entry i holds for `pixels` output pixels, one after another.
@@ -108,8 +111,9 @@ const char* qb_isa();
 // Multiplies in registers alone, to tell what the core does at most; returns the number of products, 0: not known.
 int64_t qb_peak(int64_t rounds);
 
-// Packs a weight [groups][outputs][depth] (already in the order of Weight) into `packed`; see qb::Weight.
-void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed);
+// Packs a weight [groups][outputs][depth] (already in the order of Weight) into `packed` and `totals`; see qb::Weight.
+void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed,
+             int32_t* totals);
 // The bytes of a packed weight.
 int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth);
 
@@ -119,10 +123,10 @@ int64_t qb_layer(const qb::Weight*, const qb::Finish*, const qb::Window*, const 
 // One input channel for each output channel. `weight` is [taps][channels], centred: q_w - z_w.
 int64_t qb_depthwise(const int16_t* weight, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*);
 
-// A transposed convolution: `weight` has groups * taps groups, the taps of a group of channels one after another; the
-// window's height and width are those of x. `finish` is laid out as for `groups` groups.
+// A transposed convolution as `phases` ordinary ones: those output pixels that the same taps reach, one weight and window
+// each (dilation may be negative). Returns the products of every input pixel with every tap: `taps` of them an output.
 int64_t qb_transposed(const qb::Weight*, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*,
-                      int64_t groups);
+                      int64_t phases, int64_t taps);
 
 // A convolution or a linear layer of float32 x: the weight is read back as float32 tile by tile. `scales` is laid out as
 // the multiplier of Finish, of which bias is `last`. Sums in any order.

@@ -16,9 +16,11 @@ struct Codes {  // of a result: R(v)
 struct Kernels {
   const char* name;
   int64_t (*peak)(int64_t);
+  int64_t (*packed_size)(int64_t, int64_t, int64_t, int64_t);
+  void (*pack)(const int8_t*, int64_t, int64_t, int64_t, int64_t, int8_t*, int32_t*);
   int64_t (*layer)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&);
   int64_t (*depthwise)(const int16_t*, const Finish&, const Window&, const Rows&, const Operands&);
-  int64_t (*transposed)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&, int64_t);
+  int64_t (*transposed)(const Weight*, const Finish&, const Window*, const Rows&, const Operands&, int64_t, int64_t);
   int64_t (*weight_only)(const Weight&, const float*, const Finish&, const Window&, const Operands&);
   int64_t (*lstm)(const Recurrent&, const uint8_t*, const uint8_t*, float*, uint8_t*);
   int64_t (*dynamic_lstm)(const Recurrent&, const uint8_t*, const float*, const int32_t*, const float*, float*, float*);
@@ -41,7 +43,7 @@ struct Kernels {
 
 extern const Kernels portable;
 #if defined(__x86_64__)
-extern const Kernels avx2;
+extern const Kernels avx2, avx_vnni, avx512_vnni;
 #endif
 
 }  // namespace qb

@@ -34,7 +34,7 @@ class Weight(Structure):
     """See engine.h, as for all structures here."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("values", "zero_points")),
+        *((name, c_void_p) for name in ("values", "totals", "zero_points")),
         *((name, c_int64) for name in ("groups", "outputs", "depth", "block_depth")),
     ]
 
@@ -58,7 +58,8 @@ class Window(Structure):
         (name, c_int64)
         for name in (
             "height", "width", "channels", "out_height", "out_width", "kernel_height", "kernel_width", "stride_height",
-            "stride_width", "padding_height", "padding_width", "dilation_height", "dilation_width", "block",
+            "stride_width", "padding_height", "padding_width", "dilation_height", "dilation_width", "block", "result_height",
+            "result_width", "first_row", "first_column", "step_height", "step_width",
         )
     ]  # fmt: skip
 
@@ -117,10 +118,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qb_isa": (ctypes.c_char_p, []),
     "qb_peak": (c_int64, [c_int64]),
     "qb_packed_size": (c_int64, [c_int64] * 4),
-    "qb_pack": (None, [c_void_p, *[c_int64] * 4, c_void_p]),
+    "qb_pack": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p]),
     "qb_layer": (c_int64, _LAYER),
     "qb_depthwise": (c_int64, [c_void_p, *_LAYER[1:]]),
-    "qb_transposed": (c_int64, [*_LAYER, c_int64]),
+    "qb_transposed": (c_int64, [*_LAYER, c_int64, c_int64]),
     "qb_weight_only": (
         c_int64,
         [POINTER(Weight), c_void_p, POINTER(Finish), POINTER(Window), POINTER(Operands)],

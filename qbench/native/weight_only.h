@@ -48,9 +48,9 @@ constexpr MultiplyFloats MULTIPLY_FLOATS[ROWS + 1] = {nullptr,
 // One block of a packed tile as float32 [count][TILE]: (q - zero point) * scale.
 inline void read_back(const int8_t* w, int64_t count, const float* scales, const int32_t* zero_points, float* out) {
   for (int64_t k = 0; k < count; ++k) {
-    const int8_t* at = w + k / 2 * 2 * TILE + k % 2;
+    const int8_t* at = w + k / PACKED * PACKED * TILE + k % PACKED;
     for (int j = 0; j < TILE; ++j) {
-      const int32_t q = zero_points ? at[2 * j] - zero_points[j] : at[2 * j];
+      const int32_t q = zero_points ? at[PACKED * j] - zero_points[j] : at[PACKED * j];
       out[k * TILE + j] = float(q) * scales[j];
     }
   }
@@ -58,7 +58,8 @@ inline void read_back(const int8_t* w, int64_t count, const float* scales, const
 
 int64_t weight_only(const Weight& weight, const float* scales, const Finish& finish, const Window& window,
                     const Operands& operands) {
-  const Product p(weight, finish, window, Rows{nullptr, nullptr, INT64_MAX}, operands);
+  const Rows none{nullptr, nullptr, INT64_MAX};
+  const Product p(weight, finish, window, none, operands);
   const int64_t macs = p.total * weight.groups * weight.outputs * weight.depth, all = weight.groups * p.tiles * TILE;
   const int threads = threads_for(macs, WORTH_A_THREAD);
   const int64_t panels = (p.total + PANEL - 1) / PANEL;
@@ -70,21 +71,23 @@ int64_t weight_only(const Weight& weight, const float* scales, const Finish& fin
       float* a = gathered.of<float>(PANEL * p.stride);
       float* w = read.of<float>(weight.block_depth * TILE);
       const int64_t first = index * PANEL, count = std::min<int64_t>(PANEL, p.total - first);
+      int64_t places[PANEL];
+      for (int64_t r = 0; r < count; ++r) places[r] = p.place_of(first + r);
       for (int64_t group = 0; group < weight.groups; ++group) {
         for (int64_t r = 0; r < count; ++r) p.gather<float>(first + r, group, a + r * p.stride);
         for (int64_t tile = part * p.tiles / parts; tile < (part + 1) * p.tiles / parts; ++tile) {
-          const TileFinisher finisher(p, group, tile);
-          float t[PANEL][TILE];
-          finisher.begin(first, int(count), t);
+          const Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, group, tile, 1, false, places);
+          alignas(64) float t[PANEL * TILE];
+          finisher.begin(count, t);
           for (int64_t b = 0; b < p.blocks; ++b) {
             const int64_t of_block = b * all + finisher.offset;
             read_back(p.tile_of(group, b, tile), p.depth_of(b), scales + of_block,
                       weight.zero_points ? weight.zero_points + of_block : nullptr, w);
             for (int64_t r = 0; r < count; r += ROWS)
               MULTIPLY_FLOATS[std::min<int64_t>(ROWS, count - r)](a + r * p.stride + b * p.block_stride(), p.stride, w,
-                                                                p.depth_of(b), t[r]);
+                                                                p.depth_of(b), t + r * TILE);
           }
-          finisher.end(first, int(count), t);
+          finisher.end(count, t);
         }
       }
     }

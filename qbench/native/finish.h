@@ -1,0 +1,219 @@
+// From exact sums to results, a row at a time: zero points, bias, scales, residual, codes or float32.
+
+namespace {
+
+// TILE lanes; compilers lower them to the registers that there are.
+typedef float Floats __attribute__((vector_size(TILE * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(TILE * 4), aligned(4), may_alias));
+typedef uint32_t Wrapping __attribute__((vector_size(TILE * 4), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(TILE), aligned(1), may_alias));
+
+inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+// R without its zero point, TILE at once; see `rounded`.
+inline Ints rounded_lanes(Floats v, float low, float high) {
+  v = v > low ? v : Floats{} + low;
+  v = v < high ? v : Floats{} + high;
+  return __builtin_bit_cast(Ints, v + ROUNDER) - ROUNDER_BITS;
+}
+
+struct Finisher {
+  const Weight& weight;
+  const Finish& finish;
+  const Rows& rows;
+  const Operands& operands;
+  const int64_t* places;  // of the rows in the result
+  int64_t offset, of_block, place, outputs;
+  int wide;
+  bool raw;        // sums of the codes themselves, not of q_x - z_x
+  int64_t taps;    // products of an output in the block at hand
+  int64_t block_ = 0;
+  int32_t zero_ = 0;
+  bool ready = false;
+  alignas(64) uint32_t shift[4 * TILE];  // bias, and what the zero point of x adds
+
+  // Outputs of `count` tiles from `tile` on in `group`; `tiles` are those of a group.
+  Finisher(const Weight& w, const Finish& f, const Rows& r, const Operands& o, int64_t tiles, int64_t group,
+           int64_t tile, int count, bool of_codes, const int64_t* where)
+      : weight(w), finish(f), rows(r), operands(o), places(where), wide(count), raw(of_codes) {
+    offset = (group * tiles + tile) * TILE;
+    of_block = w.groups * tiles * TILE;
+    outputs = std::min<int64_t>(count * TILE, w.outputs - tile * TILE);
+    place = group * w.outputs + tile * TILE;
+    block(0, w.depth);
+  }
+
+  void block(int64_t index, int64_t depth) {
+    block_ = index;
+    taps = depth;
+    ready = false;
+  }
+
+  int64_t at(int64_t r) const { return places[r] + place; }  // of the first output of row r of the panel
+
+  const int32_t* zero_points() const {
+    return weight.zero_points ? weight.zero_points + block_ * of_block + offset : nullptr;
+  }
+
+  // Sets `shift` for a row with zero point `zero`.
+  void prepare(int32_t zero) {
+    if (ready && zero == zero_) return;
+    const int32_t *bias = finish.bias ? finish.bias + offset : nullptr, *zeros = zero_points();
+    const int32_t* totals = weight.totals + block_ * of_block + offset;
+    for (int j = 0; j < wide * TILE; ++j) {
+      uint32_t value = bias ? uint32_t(bias[j]) : 0;
+      if (raw) value -= uint32_t(zero) * uint32_t(totals[j] - (zeros ? int32_t(taps) * zeros[j] : 0));
+      shift[j] = value;
+    }
+    zero_ = zero;
+    ready = true;
+  }
+
+  int32_t zero_of(int64_t row) const { return raw ? rows.zero_points[row / rows.pixels] : 0; }
+
+  // The exact centred sums of a tile; `row_sum` is that of the row of codes where `raw`, else of centred ones.
+  Ints exact(int n, const int32_t* sums, int32_t row_sum) const {
+    Wrapping v = *reinterpret_cast<const Wrapping*>(sums + n * TILE) + *reinterpret_cast<const Wrapping*>(shift + n * TILE);
+    if (const int32_t* zeros = zero_points())
+      v -= *reinterpret_cast<const Wrapping*>(zeros + n * TILE) * uint32_t(row_sum);
+    return Ints(v);
+  }
+
+  // t [rows][wide * TILE] before the first block.
+  void begin(int64_t count, float* t) const {
+    for (int64_t r = 0; r < count; ++r, t += wide * TILE) {
+      for (int j = 0; j < wide * TILE; ++j) t[j] = finish.start ? finish.start[offset + j] : 0.0f;
+      if (operands.add)
+        for (int64_t j = 0; j < outputs; ++j) t[j] += operands.add[at(r) + j];
+    }
+  }
+
+  bool fresh() const { return block_ == 0 && !finish.start && !operands.add; }
+
+  // t += f32(sum) * multiplier, the first block without a start: t = f32(sum) * multiplier.
+  void add(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums, float* t) {
+    const float* m = finish.multiplier + block_ * of_block + offset;
+    const bool first = fresh();
+    for (int64_t r = 0; r < count; ++r, sums += wide * TILE, t += wide * TILE) {
+      prepare(zero_of(row + r));
+      const float scale = rows.scales ? rows.scales[(row + r) / rows.pixels] : 0.0f;
+      for (int n = 0; n < wide; ++n) {
+        Floats multiplier = *reinterpret_cast<const Floats*>(m + n * TILE);
+        if (rows.scales) multiplier = scale * multiplier;
+        const Floats term = to_floats(exact(n, sums, row_sums ? row_sums[r] : 0)) * multiplier;
+        Floats* to = reinterpret_cast<Floats*>(t + n * TILE);
+        *to = first ? term : *to + term;
+      }
+    }
+  }
+
+  void end(int64_t count, float* t) const {
+    for (int64_t r = 0; r < count; ++r, t += wide * TILE) {
+      if (operands.residual) {
+        const uint8_t* residual = operands.residual + at(r);
+        for (int64_t j = 0; j < outputs; ++j)
+          t[j] += float(residual[j] - finish.residual_zero_point) * finish.residual_multiplier;
+      }
+      if (finish.to_float)
+        floats(t, static_cast<float*>(operands.y) + at(r));
+      else
+        codes(t, static_cast<uint8_t*>(operands.y) + at(r));
+    }
+  }
+
+  void codes(const float* t, uint8_t* y) const {
+    const float low = float(finish.q_min - finish.zero_point), high = float(finish.q_max - finish.zero_point);
+    for (int n = 0; n < wide; ++n) {
+      const Ints q = rounded_lanes(*reinterpret_cast<const Floats*>(t + n * TILE), low, high) + finish.zero_point;
+      put(__builtin_convertvector(q, Bytes), n, y);
+    }
+  }
+
+  void floats(const float* t, float* y) const {
+    for (int n = 0; n < wide; ++n) {
+      Floats v = *reinterpret_cast<const Floats*>(t + n * TILE);
+      if (finish.last) v += *reinterpret_cast<const Floats*>(finish.last + offset + n * TILE);
+      v = v < finish.low ? Floats{} + finish.low : v;  // NaN stays NaN, as torch's clamp has it
+      v = v > finish.high ? Floats{} + finish.high : v;
+      put(v, n, y);
+    }
+  }
+
+  template <class Vector, class Out>
+  void put(const Vector& v, int n, Out* y) const {
+    const int64_t left = outputs - n * TILE;
+    if (left >= TILE)
+      std::memcpy(y + n * TILE, &v, sizeof v);
+    else if (left > 0)
+      std::memcpy(y + n * TILE, &v, left * sizeof(Out));
+  }
+
+  // All of it where a layer has one block and nothing to start from: sums [count][wide * TILE] to results.
+  void whole(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums, float* t) {
+#if defined(QB_AVX512)
+    if (!finish.to_float && !rows.scales && fresh()) return static_codes(row, count, sums, row_sums);
+#endif
+    if (!fresh()) begin(count, t);
+    add(row, count, sums, row_sums, t);
+    end(count, t);
+  }
+
+#if defined(QB_AVX512)
+  // As `whole` for codes with one scale and zero point of x: 64 outputs a turn.
+  void static_codes(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) {
+    prepare(zero_of(row));
+    if (wide == 4 && !zero_points() && !operands.residual && outputs == 4 * TILE)
+      return rows_of_codes<4, true>(count, sums, row_sums);
+    if (wide == 4) return rows_of_codes<4, false>(count, sums, row_sums);
+    if (wide == 3) return rows_of_codes<3, false>(count, sums, row_sums);
+    if (wide == 2) return rows_of_codes<2, false>(count, sums, row_sums);
+    return rows_of_codes<1, false>(count, sums, row_sums);
+  }
+
+  template <int C, bool PLAIN>
+  void rows_of_codes(int64_t count, const int32_t* sums, const int32_t* row_sums) const {
+    const int32_t* zeros = PLAIN ? nullptr : zero_points();
+    const __m512 high = _mm512_set1_ps(float(finish.q_max - finish.zero_point));
+    const __m512i zero_point = _mm512_set1_epi16(int16_t(finish.zero_point));
+    const __m512i lowest = _mm512_set1_epi8(char(finish.q_min));
+    const __m512i in_order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const uint64_t there = outputs >= 64 ? ~0ull : (1ull << outputs) - 1;
+    const __m512i residual_zero = _mm512_set1_epi32(finish.residual_zero_point);
+    const __m512 residual_multiplier = _mm512_set1_ps(finish.residual_multiplier);
+    __m512 m[C];
+    __m512i bias[C];
+    for (int n = 0; n < C; ++n) {
+      m[n] = _mm512_loadu_ps(finish.multiplier + offset + n * TILE);
+      bias[n] = _mm512_load_si512(shift + n * TILE);
+    }
+    for (int64_t r = 0; r < count; ++r, sums += C * TILE) {
+      uint8_t* y = static_cast<uint8_t*>(operands.y) + at(r);
+      __m512i q[4];
+      for (int n = 0; n < C; ++n) {
+        __m512i acc = _mm512_add_epi32(_mm512_load_si512(sums + n * TILE), bias[n]);
+        if (!PLAIN && zeros)
+          acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_loadu_si512(zeros + n * TILE), _mm512_set1_epi32(row_sums[r])));
+        __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), m[n]);
+        if (!PLAIN && operands.residual) {
+          const __m128i some = _mm_maskz_loadu_epi8(__mmask16(there >> (16 * n)), operands.residual + at(r) + n * TILE);
+          const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(some), residual_zero);
+          v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(centred), residual_multiplier));
+        }
+        // What lies below int32 becomes its lowest value, as NaN does: it ends at q_min.
+        q[n] = _mm512_cvtps_epi32(_mm512_min_ps(high, v));
+      }
+      for (int n = C; n < 4; ++n) q[n] = q[C - 1];
+      const __m512i first = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero_point);
+      const __m512i second = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero_point);
+      __m512i codes = _mm512_max_epu8(_mm512_packus_epi16(first, second), lowest);
+      codes = _mm512_permutexvar_epi32(in_order, codes);
+      if (PLAIN)
+        _mm512_storeu_si512(y, codes);
+      else
+        _mm512_mask_storeu_epi8(y, there, codes);
+    }
+  }
+#endif
+};
+
+}  // namespace

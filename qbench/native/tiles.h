@@ -1,0 +1,208 @@
+// Products of a few rows of a panel and some tiles of a packed weight: what is different for each instruction set.
+//
+//   Code      what a panel holds: centred int16 (q_x - z_x), or the codes themselves
+//   PACKED    products of one output that lie side by side in a packed weight
+//   GROUP     the depth of a packed weight is filled up to a multiple of it
+//   ROWS      rows multiplied at once
+//   WIDE      tiles multiplied at once
+//   multiply  sums[r][tile * TILE + j] (+)= row r times output j of each tile, over `depth` products; `add` keeps what is there
+
+namespace {
+
+#if !defined(QB_VNNI)
+using Code = int16_t;
+constexpr int64_t PACKED = 2, GROUP = 2;
+constexpr int ROWS = 6, WIDE = 1;  // 12 registers of sums on AVX2
+#else
+using Code = uint8_t;
+constexpr int64_t PACKED = 4;
+constexpr int ROWS = 6;
+#if defined(QB_AMX)
+constexpr int64_t GROUP = 64;  // a tile register has 16 rows of 64 bytes
+constexpr int WIDE = 4;
+#elif defined(QB_AVX512)
+constexpr int64_t GROUP = 4;
+constexpr int WIDE = 4;  // 24 registers of sums
+#else
+constexpr int64_t GROUP = 4;
+constexpr int WIDE = 1;
+#endif
+#endif
+constexpr bool CENTRED = sizeof(Code) == 2;
+constexpr int64_t CHUNK = 512;  // products a pass: the tiles of the weight stay in the first-level cache
+
+#if !defined(QB_AVX2)
+template <int R, int C>
+void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t, int64_t depth, bool add, int32_t* sums) {
+  uint32_t c[R][TILE] = {};  // sums without the correction for zero points may wrap; with it they are exact
+  if (add) std::memcpy(c, sums, sizeof c);
+  for (int64_t k = 0; k < depth; k += 2, w += 2 * TILE, a += 2)
+    for (int r = 0; r < R; ++r) {
+      const int32_t first = a[r * stride], second = a[r * stride + 1];
+      for (int j = 0; j < TILE; ++j) c[r][j] += uint32_t(first * w[2 * j] + second * w[2 * j + 1]);
+    }
+  std::memcpy(sums, c, sizeof c);
+}
+#elif !defined(QB_VNNI)
+template <int R, int C>
+void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t, int64_t depth, bool add, int32_t* sums) {
+  __m256i c[R][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; ++n)
+      c[r][n] = add ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + r * TILE + n * 8)) : _mm256_setzero_si256();
+  for (int64_t k = 0; k < depth; k += 2, w += 2 * TILE, a += 2) {
+    const __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+    const __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + TILE)));
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * stride, 4);
+      const __m256i both = _mm256_set1_epi32(pair);
+      c[r][0] = _mm256_add_epi32(c[r][0], _mm256_madd_epi16(both, w0));
+      c[r][1] = _mm256_add_epi32(c[r][1], _mm256_madd_epi16(both, w1));
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; ++n) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * TILE + n * 8), c[r][n]);
+}
+#else
+#if defined(QB_AVX512)
+using Sums = __m512i;
+#define QB_VPDPBUSD "vpdpbusd %2, %1, %0"
+inline Sums zeros() { return _mm512_setzero_si512(); }
+inline Sums load(const void* p) { return _mm512_loadu_si512(p); }
+inline void store(void* p, Sums v) { _mm512_storeu_si512(p, v); }
+inline Sums everywhere(int32_t v) { return _mm512_set1_epi32(v); }
+#else
+using Sums = __m256i;
+#define QB_VPDPBUSD "%{vex%} vpdpbusd %2, %1, %0"
+inline Sums zeros() { return _mm256_setzero_si256(); }
+inline Sums load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store(void* p, Sums v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+inline Sums everywhere(int32_t v) { return _mm256_set1_epi32(v); }
+#endif
+constexpr int LANES_OF_SUMS = int(sizeof(Sums) / 4), REGISTERS = TILE / LANES_OF_SUMS;
+
+// By hand: g++ 12 moves the sums of _mm512_dpbusd_epi32 to the stack and back.
+inline void add_products(Sums& sums, Sums codes, Sums weights) {
+  asm(QB_VPDPBUSD : "+v"(sums) : "v"(codes), "v"(weights));
+}
+
+template <int R, int C>
+void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride, int64_t depth, bool add,
+                   int32_t* sums) {
+  constexpr int N = C * REGISTERS;
+  constexpr int TURNS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4;  // sums apart from each other: a product takes 5 cycles
+  Sums c[TURNS][R][N];
+#pragma GCC unroll 4
+  for (int u = 0; u < TURNS; ++u)
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n)
+        c[u][r][n] = add && u == 0 ? load(sums + r * C * TILE + n * LANES_OF_SUMS) : zeros();
+  const auto step = [&](int64_t k, Sums(&to)[R][N]) __attribute__((always_inline)) {
+    Sums b[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+      b[n] = load(w + n / REGISTERS * tile_stride + k * TILE + n % REGISTERS * int(sizeof(Sums)));
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      std::memcpy(&four, a + r * stride + k, 4);
+      const Sums x = everywhere(four);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) add_products(to[r][n], x, b[n]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 4 * TURNS <= depth; k += 4 * TURNS)
+#pragma GCC unroll 4
+    for (int u = 0; u < TURNS; ++u) step(k + 4 * u, c[u]);
+  for (; k < depth; k += 4) step(k, c[0]);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      Sums total = c[0][r][n];
+#pragma GCC unroll 4
+      for (int u = 1; u < TURNS; ++u)
+#if defined(QB_AVX512)
+        total = _mm512_add_epi32(total, c[u][r][n]);
+#else
+        total = _mm256_add_epi32(total, c[u][r][n]);
+#endif
+      store(sums + r * C * TILE + n * LANES_OF_SUMS, total);
+    }
+}
+#endif
+
+using MultiplyRows = void (*)(const Code*, int64_t, const int8_t*, int64_t, int64_t, bool, int32_t*);
+#define QB_BY_ROWS(C) \
+  {multiply_rows<1, C>, multiply_rows<2, C>, multiply_rows<3, C>, multiply_rows<4, C>, multiply_rows<5, C>, multiply_rows<6, C>}
+#if defined(QB_AVX512)
+constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1), QB_BY_ROWS(2), QB_BY_ROWS(3), QB_BY_ROWS(4)};
+#else
+constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1)};
+#endif
+
+// sums [rows][wide * TILE], any number of rows; `depth` is a multiple of GROUP or the rest of a weight's block.
+void multiply(int64_t rows, int wide, const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride, int64_t depth,
+              int32_t* sums) {
+  for (int64_t first = 0; first < depth; first += CHUNK)
+    for (int64_t r = 0; r < rows; r += ROWS)
+      MULTIPLY_ROWS[wide - 1][std::min<int64_t>(ROWS, rows - r) - 1](
+          a + r * stride + first, stride, w + first * TILE, tile_stride, std::min(CHUNK, depth - first), first > 0,
+          sums + r * wide * TILE);
+}
+
+// `rounds` times as many products as fit into the registers of a tile, nothing read: returns how many, 0 for none.
+int64_t peak(int64_t rounds) {
+#if defined(QB_AVX512)
+  Sums a = everywhere(0x01010101), c0, c1, c2, c3, c4, c5, c6, c7, c8, c9;
+  c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = c8 = c9 = zeros();
+  for (int64_t round = 0; round < rounds; ++round)
+    asm volatile(
+        "vpdpbusd %10, %10, %0\n vpdpbusd %10, %10, %1\n vpdpbusd %10, %10, %2\n vpdpbusd %10, %10, %3\n"
+        "vpdpbusd %10, %10, %4\n vpdpbusd %10, %10, %5\n vpdpbusd %10, %10, %6\n vpdpbusd %10, %10, %7\n"
+        "vpdpbusd %10, %10, %8\n vpdpbusd %10, %10, %9\n"
+        : "+v"(c0), "+v"(c1), "+v"(c2), "+v"(c3), "+v"(c4), "+v"(c5), "+v"(c6), "+v"(c7), "+v"(c8), "+v"(c9)
+        : "v"(a));
+  return rounds * 10 * 64;
+#elif defined(QB_VNNI)
+  Sums a = everywhere(0x01010101), c0, c1, c2, c3, c4, c5, c6, c7, c8, c9;
+  c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = c8 = c9 = zeros();
+  for (int64_t round = 0; round < rounds; ++round)
+    asm volatile(
+        "%{vex%} vpdpbusd %10, %10, %0\n %{vex%} vpdpbusd %10, %10, %1\n %{vex%} vpdpbusd %10, %10, %2\n"
+        "%{vex%} vpdpbusd %10, %10, %3\n %{vex%} vpdpbusd %10, %10, %4\n %{vex%} vpdpbusd %10, %10, %5\n"
+        "%{vex%} vpdpbusd %10, %10, %6\n %{vex%} vpdpbusd %10, %10, %7\n %{vex%} vpdpbusd %10, %10, %8\n"
+        "%{vex%} vpdpbusd %10, %10, %9\n"
+        : "+x"(c0), "+x"(c1), "+x"(c2), "+x"(c3), "+x"(c4), "+x"(c5), "+x"(c6), "+x"(c7), "+x"(c8), "+x"(c9)
+        : "x"(a));
+  return rounds * 10 * 32;
+#elif defined(QB_AVX2)
+  __m256i a = _mm256_set1_epi16(3), c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, t0, t1;
+  c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = c8 = c9 = _mm256_setzero_si256();
+  for (int64_t round = 0; round < rounds; ++round)  // by hand: a compiler would keep an array of sums in memory
+    asm volatile(
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %0, %0\n vpaddd %11, %1, %1\n"
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %2, %2\n vpaddd %11, %3, %3\n"
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %4, %4\n vpaddd %11, %5, %5\n"
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %6, %6\n vpaddd %11, %7, %7\n"
+        "vpmaddwd %12, %12, %10\n vpmaddwd %12, %12, %11\n vpaddd %10, %8, %8\n vpaddd %11, %9, %9\n"
+        : "+x"(c0), "+x"(c1), "+x"(c2), "+x"(c3), "+x"(c4), "+x"(c5), "+x"(c6), "+x"(c7), "+x"(c8), "+x"(c9),
+          "=&x"(t0), "=&x"(t1)
+        : "x"(a));
+  return rounds * 10 * 16;
+#else
+  (void)rounds;
+  return 0;
+#endif
+}
+
+}  // namespace
