@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qbench.native.library import FOR_ALL, Finish, Operands, Rows, Weight, Window, byref, library
-from qbench.numerics import centred, dequantize_weight, multiplier
+from qbench.numerics import dequantize_weight, multiplier
 from qbench.transposed import swapped
 
 if TYPE_CHECKING:
@@ -62,6 +62,21 @@ def packed(weight: Tensor, zero_points: Tensor | None, groups: int, block_depth:
     library().qb_pack(weight.data_ptr(), *sizes, values.data_ptr(), totals.data_ptr())
     tiles = None if zero_points is None else tiled(_spread(zero_points, len(weight)).int(), groups)
     return Held(Weight(values.data_ptr(), totals.data_ptr(), pointer(tiles), *sizes), values, totals, tiles)
+
+
+def packed_depthwise(weight: Tensor, zero_points: Tensor | None) -> Held:
+    """A qb::Weight of int8 [channels, 1, kh, kw]."""
+    channels, _, *kernel = weight.shape
+    weight = weight.contiguous()
+    values = torch.empty(library().qb_packed_depthwise_size(channels, *kernel), dtype=torch.int8)
+    totals = torch.empty(math.ceil(channels / TILE) * TILE, dtype=torch.int32)
+    tiles = None if zero_points is None else tiled(_spread(zero_points, channels).int(), 1)
+    library().qb_pack_depthwise(
+        weight.data_ptr(), pointer(tiles), channels, *kernel, values.data_ptr(), totals.data_ptr()
+    )
+    taps = math.prod(kernel)
+    structure = Weight(values.data_ptr(), totals.data_ptr(), pointer(tiles), 1, channels, taps, taps)
+    return Held(structure, values, totals, tiles)
 
 
 def by_blocks(weight: Tensor, block: int) -> Tensor:
@@ -196,20 +211,13 @@ class _Images:
     def prepare(self, c: Constants, weight: Tensor) -> None:
         """Pack the weight [outputs, inputs of a group, kh, kw]."""
         if self.groups > 1 and self.outputs == self.inputs == self.groups:  # one input channel for each output channel
-            zero_point = c["weight_zero_point"]
-            zero_point = torch.zeros_like(c["weight_scale"], dtype=torch.int8) if zero_point is None else zero_point
-            taps = centred(weight, zero_point, self.block).short().flatten(1).T
-            self.taps = functional.pad(taps, (0, -taps.shape[1] % TILE)).contiguous()
             self.groups = 1  # its constants lie channel by channel
-            self.weight, self.multiply = Held(Weight(), self.taps), self._depthwise
+            self.weight, self.multiply = packed_depthwise(weight, c["weight_zero_point"]), library().qb_depthwise
         else:
             products = by_blocks(weight, self.block)
             taps_of_block = self.block * math.prod(self.kernel)
             self.weight = packed(products, c["weight_zero_point"], self.groups, taps_of_block)
             self.multiply = library().qb_layer
-
-    def _depthwise(self, weight: Any, *rest: Any) -> int:
-        return int(library().qb_depthwise(self.taps.data_ptr(), *rest))
 
     def inward(self, x: Tensor) -> Tensor:
         """[N, H, W, C]."""

@@ -4,6 +4,7 @@ namespace {
 
 constexpr int CHANNELS = 16;  // channels whose sums stay in registers while the taps go by
 
+#if !defined(QB_AVX512)
 // sums[c] += (x[c] - zero) * w[c]
 inline void tap(const uint8_t* x, int32_t zero, const int16_t* w, int32_t* sums) {
 #ifdef QB_AVX2
@@ -31,9 +32,27 @@ inline void in_order(int32_t* sums) {
 #endif
 }
 
-int64_t depthwise(const int16_t* weight, const Finish& finish, const Window& v, const Rows& rows, const Operands& o) {
+int64_t packed_depthwise_size(int64_t channels, int64_t height, int64_t width) {
+  return height * width * rounded_up(channels, CHANNELS) * int64_t(sizeof(int16_t));
+}
+
+// [taps][channels] of q_w - z_w.
+void pack_depthwise(const int8_t* weight, const int32_t* zero_points, int64_t channels, int64_t height, int64_t width,
+                    int8_t* packed, int32_t* totals) {
+  int16_t* values = reinterpret_cast<int16_t*>(packed);
+  const int64_t taps = height * width, all = rounded_up(channels, CHANNELS);
+  std::fill(values, values + taps * all, int16_t(0));
+  std::fill(totals, totals + all, 0);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t k = 0; k < taps; ++k)
+      values[k * all + c] = int16_t(weight[c * taps + k] - (zero_points ? zero_points[c] : 0));
+}
+
+int64_t depthwise(const Weight& centred, const Finish& finish, const Window& v, const Rows& rows, const Operands& o) {
+  const int16_t* weight = reinterpret_cast<const int16_t*>(centred.values);
+  Weight shape = centred;  // its zero points are in the values
+  shape.zero_points = nullptr;
   const int64_t channels = v.channels, pixels = v.out_height * v.out_width, taps = v.kernel_height * v.kernel_width;
-  const Weight shape{nullptr, nullptr, nullptr, 1, channels, taps, taps};  // all that a finisher asks about
   const int64_t lines = o.samples * v.out_height, tiles = (channels + TILE - 1) / TILE;
   const int threads = threads_for(o.samples * pixels * channels * taps, WORTH_A_THREAD);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -73,5 +92,195 @@ int64_t depthwise(const int16_t* weight, const Finish& finish, const Window& v, 
   }
   return o.samples * pixels * channels * taps;
 }
+
+#else
+
+// Four rows of the image are joined to [columns][channels][4 rows], so that one instruction adds up the taps of a column
+// of the kernel. A kernel of up to three rows (of stride 1) meets them twice: for two rows of the result.
+
+constexpr int64_t JOINED = 4;
+
+inline int64_t joins(int64_t height) { return (height + JOINED - 1) / JOINED; }
+
+int64_t packed_depthwise_size(int64_t channels, int64_t height, int64_t width) {
+  return 2 * joins(height) * width * JOINED * rounded_up(channels, CHANNELS);
+}
+
+// [shift of a row: 0, 1][joined rows][kernel columns][channels][4]; a shift of 1 that does not fit is not used.
+void pack_depthwise(const int8_t* weight, const int32_t*, int64_t channels, int64_t height, int64_t width,
+                    int8_t* packed, int32_t* totals) {
+  const int64_t all = rounded_up(channels, CHANNELS), n = joins(height);
+  std::memset(packed, 0, packed_depthwise_size(channels, height, width));
+  std::fill(totals, totals + all, 0);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = 0; i < height; ++i)
+      for (int64_t j = 0; j < width; ++j) {
+        const int8_t value = weight[(c * height + i) * width + j];
+        totals[c] += value;
+        for (int64_t shift = 0; shift < 2 && i + shift < JOINED * n; ++shift) {
+          const int64_t row = i + shift;
+          packed[((((shift * n + row / JOINED) * width) + j) * all + c) * JOINED + row % JOINED] = value;
+        }
+      }
+}
+
+// [count] bytes of each of four rows as [count][4].
+inline void join(const uint8_t* const* rows, int64_t count, uint8_t* out) {
+  for (int64_t i = 0; i < count; i += 64) {
+    const uint64_t there = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
+    __m512i x[4];
+    for (int r = 0; r < 4; ++r) x[r] = _mm512_maskz_loadu_epi8(there, rows[r] + i);
+    const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+    const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+    const __m512i e = _mm512_unpacklo_epi16(a, c), f = _mm512_unpackhi_epi16(a, c);  // lane l: values 16 l + 0-3, 4-7
+    const __m512i g = _mm512_unpacklo_epi16(b, d), h = _mm512_unpackhi_epi16(b, d);  // 8-11, 12-15
+    const __m512i ef = _mm512_shuffle_i32x4(e, f, 0x44), gh = _mm512_shuffle_i32x4(g, h, 0x44);  // lanes 0, 1
+    const __m512i EF = _mm512_shuffle_i32x4(e, f, 0xEE), GH = _mm512_shuffle_i32x4(g, h, 0xEE);  // lanes 2, 3
+    uint8_t* to = out + i * 4;
+    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(ef, gh, 0x88));
+    _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(ef, gh, 0xDD));
+    _mm512_storeu_si512(to + 128, _mm512_shuffle_i32x4(EF, GH, 0x88));
+    _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(EF, GH, 0xDD));
+  }
+}
+
+struct Depthwise {
+  const Weight& weight;
+  Weight plain;  // for finishers: zero points are taken off here
+  const Finish& finish;
+  const Window& v;
+  const Rows& rows;
+  const Operands& o;
+  int64_t channels, all, n, columns, taps;
+  bool codes;
+
+  Depthwise(const Weight& w, const Finish& f, const Window& window, const Rows& r, const Operands& operands)
+      : weight(w), plain(w), finish(f), v(window), rows(r), o(operands) {
+    plain.zero_points = nullptr;
+    channels = v.channels;
+    all = rounded_up(channels, CHANNELS);
+    n = joins(v.kernel_height);
+    columns = (v.out_width - 1) * v.stride_width + (v.kernel_width - 1) * v.dilation_width + 1;
+    taps = v.kernel_height * v.kernel_width;
+    codes = !f.to_float && !f.start && !o.add && !r.scales && !o.residual;
+  }
+
+  // Bytes of the joined rows: the last load may go beyond a column.
+  int64_t joined_size() const { return n * (columns * channels + 64) * JOINED; }
+  int64_t joined_stride() const { return (columns * channels + 64) * JOINED; }
+
+  // The rows from `top` on that the kernel meets (dilated), joined; what lies beside the image is `zero`.
+  void join_rows(int64_t sample, int64_t top, uint8_t zero, const uint8_t* zeros, uint8_t* out) const {
+    const uint8_t* image = static_cast<const uint8_t*>(o.x) + sample * v.height * v.width * channels;
+    const int64_t from = std::clamp<int64_t>(v.padding_width, 0, columns);
+    const int64_t to = std::clamp<int64_t>(v.width + v.padding_width, from, columns);
+    for (int64_t g = 0; g < n; ++g, out += joined_stride()) {
+      const uint8_t* at[JOINED];
+      for (int64_t r = 0; r < JOINED; ++r) {
+        const int64_t y = top + (g * JOINED + r) * v.dilation_height;
+        at[r] = y >= 0 && y < v.height ? image + (y * v.width + from - v.padding_width) * channels : zeros;
+      }
+      std::memset(out, zero, from * channels * JOINED);
+      join(at, (to - from) * channels, out + from * channels * JOINED);
+      std::memset(out + to * channels * JOINED, zero, (columns - to) * channels * JOINED);
+    }
+  }
+
+  // `OUT` rows of the result from `line` on, out of joined rows.
+  template <int OUT, bool AFFINE>
+  void lines(int64_t line, int32_t zero, const uint8_t* joined) const {
+    const int64_t step = v.stride_width * channels * JOINED, tap = v.dilation_width * channels * JOINED;
+    const int8_t* packed = weight.values;
+    const int64_t shift_stride = n * v.kernel_width * all * JOINED;
+    const __m512 high = _mm512_set1_ps(float(finish.q_max - finish.zero_point));
+    const __m512i low = _mm512_set1_epi32(finish.q_min - finish.zero_point), zero_point = _mm512_set1_epi32(finish.zero_point);
+    for (int64_t c = 0; c < channels; c += CHANNELS) {
+      const __mmask16 there = channels - c >= CHANNELS ? 0xFFFF : __mmask16((1 << (channels - c)) - 1);
+      const __m512i total = _mm512_loadu_si512(weight.totals + c);
+      __m512i start = _mm512_mullo_epi32(total, _mm512_set1_epi32(-zero)), zeros = _mm512_setzero_si512();
+      if (AFFINE) {
+        zeros = _mm512_loadu_si512(weight.zero_points + c);
+        start = _mm512_add_epi32(start, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(int32_t(taps) * zero)));
+      }
+      if (codes && finish.bias) start = _mm512_add_epi32(start, _mm512_loadu_si512(finish.bias + c));
+      const __m512 m = _mm512_loadu_ps(finish.multiplier + c);
+      int64_t place = 0;
+      Finisher finisher(plain, finish, rows, o, all / TILE, 0, c / TILE, 1, false, &place);
+      for (int64_t x = 0; x < v.out_width; ++x) {
+        const uint8_t* at = joined + x * step + c * JOINED;
+        __m512i sums[OUT], met[OUT];
+        for (int r = 0; r < OUT; ++r) sums[r] = start, met[r] = _mm512_setzero_si512();
+        for (int64_t g = 0; g < n; ++g)
+          for (int64_t j = 0; j < v.kernel_width; ++j) {
+            const __m512i q = _mm512_loadu_si512(at + g * joined_stride() + j * tap);
+            const int8_t* w = packed + ((g * v.kernel_width + j) * all + c) * JOINED;
+#pragma GCC unroll 2
+            for (int r = 0; r < OUT; ++r) {
+              add_products(sums[r], q, _mm512_loadu_si512(w + r * shift_stride));
+              if (AFFINE) add_products(met[r], q, rows_met(g, r));
+            }
+          }
+#pragma GCC unroll 2
+        for (int r = 0; r < OUT; ++r) {
+          __m512i acc = sums[r];
+          if (AFFINE) acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(zeros, met[r]));
+          place = ((line + r) * v.out_width + x) * channels;
+          if (codes) {
+            const __m512 value = _mm512_min_ps(high, _mm512_mul_ps(_mm512_cvtepi32_ps(acc), m));
+            const __m512i q = _mm512_add_epi32(_mm512_max_epi32(_mm512_cvtps_epi32(value), low), zero_point);
+            _mm_mask_storeu_epi8(static_cast<uint8_t*>(o.y) + place + c, there, _mm512_cvtepi32_epi8(q));
+          } else {
+            alignas(64) int32_t exact[CHANNELS];
+            alignas(64) float t[TILE];
+            _mm512_store_si512(exact, acc);
+            finisher.whole((line + r) * v.out_width + x, 1, exact, nullptr, t);
+          }
+        }
+      }
+    }
+  }
+
+  // 1 for each joined row that the kernel of row `shift` of the result meets.
+  __m512i rows_met(int64_t g, int shift) const {
+    uint32_t ones = 0;
+    for (int64_t r = 0; r < JOINED; ++r) {
+      const int64_t i = g * JOINED + r - shift;
+      if (i >= 0 && i < v.kernel_height) ones |= 1u << (8 * r);
+    }
+    return _mm512_set1_epi32(int32_t(ones));
+  }
+
+  template <int OUT>
+  void lines_of(int64_t line, int32_t zero, const uint8_t* joined) const {
+    if (weight.zero_points)
+      lines<OUT, true>(line, zero, joined);
+    else
+      lines<OUT, false>(line, zero, joined);
+  }
+};
+
+int64_t depthwise(const Weight& weight, const Finish& finish, const Window& v, const Rows& rows, const Operands& o) {
+  const Depthwise d(weight, finish, v, rows, o);
+  const bool two = v.stride_height == 1 && v.dilation_height == 1 && d.n * JOINED > v.kernel_height;
+  const int64_t pairs = two ? (v.out_height + 1) / 2 : v.out_height;
+  const int64_t macs = o.samples * v.out_height * v.out_width * d.channels * d.taps;
+  const int threads = threads_for(macs, WORTH_A_THREAD);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t index = 0; index < o.samples * pairs; ++index) {
+    static thread_local Scratch joined_scratch, zero_scratch;
+    uint8_t* joined = joined_scratch.of<uint8_t>(d.joined_size());
+    uint8_t* zeros = zero_scratch.of<uint8_t>(v.width * d.channels);
+    const int64_t sample = index / pairs, y = index % pairs * (two ? 2 : 1), line = sample * v.out_height + y;
+    const int32_t zero = rows.zero_points[line * v.out_width / rows.pixels];
+    std::memset(zeros, zero, v.width * d.channels);
+    d.join_rows(sample, y * v.stride_height - v.padding_height, uint8_t(zero), zeros, joined);
+    if (two && y + 1 < v.out_height)
+      d.lines_of<2>(line, zero, joined);
+    else
+      d.lines_of<1>(line, zero, joined);
+  }
+  return macs;
+}
+#endif
 
 }  // namespace

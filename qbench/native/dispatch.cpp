@@ -68,9 +68,18 @@ int64_t qb_layer(const Weight* weight, const Finish* finish, const Window* windo
   return kernels().layer(*weight, *finish, *window, *rows, *operands);
 }
 
-int64_t qb_depthwise(const int16_t* weight, const Finish* finish, const Window* window, const Rows* rows,
+int64_t qb_packed_depthwise_size(int64_t channels, int64_t height, int64_t width) {
+  return kernels().packed_depthwise_size(channels, height, width);
+}
+
+void qb_pack_depthwise(const int8_t* weight, const int32_t* zero_points, int64_t channels, int64_t height, int64_t width,
+                       int8_t* packed, int32_t* totals) {
+  kernels().pack_depthwise(weight, zero_points, channels, height, width, packed, totals);
+}
+
+int64_t qb_depthwise(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
                      const Operands* operands) {
-  return kernels().depthwise(weight, *finish, *window, *rows, *operands);
+  return kernels().depthwise(*weight, *finish, *window, *rows, *operands);
 }
 
 int64_t qb_transposed(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,

@@ -120,8 +120,12 @@ int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t b
 // A convolution or a linear layer. Returns the number of multiply-accumulates.
 int64_t qb_layer(const qb::Weight*, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*);
 
-// One input channel for each output channel. `weight` is [taps][channels], centred: q_w - z_w.
-int64_t qb_depthwise(const int16_t* weight, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*);
+// One input channel for each output channel, packed by qb_pack_depthwise from [channels][height][width]; the weight has one
+// group and one block.
+int64_t qb_depthwise(const qb::Weight*, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*);
+void qb_pack_depthwise(const int8_t* weight, const int32_t* zero_points, int64_t channels, int64_t height, int64_t width,
+                       int8_t* packed, int32_t* totals);
+int64_t qb_packed_depthwise_size(int64_t channels, int64_t height, int64_t width);
 
 // A transposed convolution as `phases` ordinary ones: those output pixels that the same taps reach, one weight and window
 // each (dilation may be negative). Returns the products of every input pixel with every tap: `taps` of them an output.

@@ -19,7 +19,9 @@ struct Kernels {
   int64_t (*packed_size)(int64_t, int64_t, int64_t, int64_t);
   void (*pack)(const int8_t*, int64_t, int64_t, int64_t, int64_t, int8_t*, int32_t*);
   int64_t (*layer)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&);
-  int64_t (*depthwise)(const int16_t*, const Finish&, const Window&, const Rows&, const Operands&);
+  int64_t (*packed_depthwise_size)(int64_t, int64_t, int64_t);
+  void (*pack_depthwise)(const int8_t*, const int32_t*, int64_t, int64_t, int64_t, int8_t*, int32_t*);
+  int64_t (*depthwise)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&);
   int64_t (*transposed)(const Weight*, const Finish&, const Window*, const Rows&, const Operands&, int64_t, int64_t);
   int64_t (*weight_only)(const Weight&, const float*, const Finish&, const Window&, const Operands&);
   int64_t (*lstm)(const Recurrent&, const uint8_t*, const uint8_t*, float*, uint8_t*);

@@ -120,7 +120,9 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qb_packed_size": (c_int64, [c_int64] * 4),
     "qb_pack": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p]),
     "qb_layer": (c_int64, _LAYER),
-    "qb_depthwise": (c_int64, [c_void_p, *_LAYER[1:]]),
+    "qb_packed_depthwise_size": (c_int64, [c_int64] * 3),
+    "qb_pack_depthwise": (None, [c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_void_p]),
+    "qb_depthwise": (c_int64, _LAYER),
     "qb_transposed": (c_int64, [*_LAYER, c_int64, c_int64]),
     "qb_weight_only": (
         c_int64,
