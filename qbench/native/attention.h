@@ -53,6 +53,8 @@ struct Heads {  // scratch of a thread for one head of a sample
   float* scores;   // [AT_ONCE][stride]
   int64_t stride;  // of a row of scores: whole tiles
 
+  TileRegisters registers;
+
   explicit Heads(const Attention& a) {
     static thread_local Scratch k, v, r, s, kt, vt;
     stride = rounded_up(a.keys, TILE);

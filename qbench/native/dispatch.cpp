@@ -4,6 +4,10 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "kernels.h"
@@ -21,6 +25,18 @@ bool has_avx_vnni() {  // g++ 12 has no name for it
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
+
+// Tile registers, and Linux' leave to use them.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) return false;
+#if defined(__linux__)
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+#else
+  return false;
+#endif
+}
 #endif
 
 // The best that this CPU has; QBENCH_ISA names one that is to run instead, or is passed over where it cannot.
@@ -32,6 +48,7 @@ const Kernels& chosen() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  if (has_vnni && may(amx) && has_amx()) return amx;
   if (has_vnni && may(avx512_vnni)) return avx512_vnni;
   if (has_avx2 && has_avx_vnni() && may(avx_vnni)) return avx_vnni;
   if (has_avx2 && may(avx2)) return avx2;

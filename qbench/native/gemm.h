@@ -11,7 +11,11 @@ inline int32_t sum_of(const Code* a, int64_t count) {
   return sum;
 }
 
-constexpr int64_t PANEL = 48;  // rows gathered at once
+#if defined(QB_AMX)
+constexpr int64_t PANEL = 64;  // rows gathered at once
+#else
+constexpr int64_t PANEL = 48;
+#endif
 
 // What a panel holds: `count` codes as int16 less their zero point, or as they are, or floats as they are.
 inline void copied(const uint8_t* x, int64_t count, int16_t zero_point, int16_t* out) {
@@ -61,7 +65,7 @@ struct Product {
   int64_t block_stride() const { return rounded_up(weight.block_depth, GROUP); }
   // May the rows be read where they lie? A tile reads whole groups of products: the last pixels must not be the image's.
   bool reads_in_place(int64_t first, int64_t count) const {
-    return in_place && (first + count) * window.channels + rounded_up(per_group, GROUP) <= total * window.channels + per_group;
+    return in_place && (first + rounded_up(count, WHOLE)) * window.channels + rounded_up(per_group, GROUP) <= total * window.channels + per_group;
   }
 
   int64_t depth_of(int64_t block) const {
@@ -156,10 +160,11 @@ void pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, 
 // Rows [first, first + count) of the product, tiles [from, to) of each group.
 void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t to) {
   static thread_local Scratch gathered, summed, multiplied, totalled, placed;
+  const TileRegisters registers;
   int64_t* places = placed.of<int64_t>(count);
   for (int64_t r = 0; r < count; ++r) places[r] = p.place_of(first + r);
   int32_t* row_sums = summed.of<int32_t>(count * p.blocks);
-  int32_t* sums = multiplied.of<int32_t>(count * WIDE * TILE);
+  int32_t* sums = multiplied.of<int32_t>(rounded_up(count, WHOLE) * WIDE * TILE);
   float* t = totalled.of<float>(count * WIDE * TILE);
   for (int64_t group = 0; group < p.weight.groups; ++group) {
     const Code* a;
@@ -168,7 +173,7 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
       a = reinterpret_cast<const Code*>(static_cast<const uint8_t*>(p.operands.x) + first * p.window.channels + group * p.per_group);
       stride = p.window.channels;
     } else {
-      Code* rows = gathered.of<Code>(count * p.stride);
+      Code* rows = gathered.of<Code>(rounded_up(count, WHOLE) * p.stride);
       for (int64_t r = 0; r < count; ++r) p.gather<uint8_t>(first + r, group, rows + r * p.stride);
       a = rows;
     }

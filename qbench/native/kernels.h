@@ -45,7 +45,7 @@ struct Kernels {
 
 extern const Kernels portable;
 #if defined(__x86_64__)
-extern const Kernels avx2, avx_vnni, avx512_vnni;
+extern const Kernels avx2, avx_vnni, avx512_vnni, amx;
 #endif
 
 }  // namespace qb

@@ -150,9 +150,74 @@ constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1), QB_BY_ROWS(2)
 constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1)};
 #endif
 
-// sums [rows][wide * TILE], any number of rows; `depth` is a multiple of GROUP or the rest of a weight's block.
-void multiply(int64_t rows, int wide, const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride, int64_t depth,
-              int32_t* sums) {
+#if defined(QB_AMX)
+constexpr int64_t WHOLE = 16;  // rows of a tile register
+constexpr int64_t WORTH_TILES = 3;
+
+// The configuration of the tile registers, for as long as it lives: all of them 16 rows of 64 bytes.
+struct TileRegisters {
+  TileRegisters() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } configuration;
+    _tile_loadconfig(&configuration);
+  }
+  ~TileRegisters() { _tile_release(); }
+};
+
+// Two by two tile registers of sums: 16 or 32 rows, one or two tiles of the weight.
+template <int R, int N>
+void multiply_tiles(const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride, int64_t depth, int32_t* sums,
+                    int64_t sums_stride) {
+  _tile_zero(0);
+  if (N > 1) _tile_zero(1);
+  if (R > 1) _tile_zero(2);
+  if (R > 1 && N > 1) _tile_zero(3);
+  for (int64_t k = 0; k < depth; k += 64) {
+    _tile_loadd(4, a + k, stride);
+    _tile_loadd(6, w + k * TILE, 64);
+    _tile_dpbusd(0, 4, 6);
+    if (N > 1) {
+      _tile_loadd(7, w + tile_stride + k * TILE, 64);
+      _tile_dpbusd(1, 4, 7);
+    }
+    if (R > 1) {
+      _tile_loadd(5, a + 16 * stride + k, stride);
+      _tile_dpbusd(2, 5, 6);
+      if (N > 1) _tile_dpbusd(3, 5, 7);
+    }
+  }
+  const int64_t bytes = sums_stride * 4;
+  _tile_stored(0, sums, bytes);
+  if (N > 1) _tile_stored(1, sums + TILE, bytes);
+  if (R > 1) _tile_stored(2, sums + 16 * sums_stride, bytes);
+  if (R > 1 && N > 1) _tile_stored(3, sums + 16 * sums_stride + TILE, bytes);
+}
+#else
+constexpr int64_t WHOLE = 1;
+struct TileRegisters {
+  TileRegisters() {}
+};
+#endif
+
+// sums [rows][wide * TILE], any number of rows; `depth` is a multiple of GROUP or the rest of a weight's block. Rows of `a`
+// are read, and sums written, up to a multiple of WHOLE. Within the life of a TileRegisters.
+inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride,
+                     int64_t depth, int32_t* sums) {
+#if defined(QB_AMX)
+  if (rows >= WORTH_TILES) {
+    for (int64_t r = 0; r < rows; r += 32)
+      for (int n = 0; n < wide; n += 2) {
+        const int64_t line = wide * TILE;
+        const auto run = rows - r > 16 ? (wide - n > 1 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                                       : (wide - n > 1 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
+        run(a + r * stride, stride, w + n * tile_stride, tile_stride, depth, sums + r * line + n * TILE, line);
+      }
+    return;
+  }
+#endif
   for (int64_t first = 0; first < depth; first += CHUNK)
     for (int64_t r = 0; r < rows; r += ROWS)
       MULTIPLY_ROWS[wide - 1][std::min<int64_t>(ROWS, rows - r) - 1](
@@ -162,7 +227,16 @@ void multiply(int64_t rows, int wide, const Code* a, int64_t stride, const int8_
 
 // `rounds` times as many products as fit into the registers of a tile, nothing read: returns how many, 0 for none.
 int64_t peak(int64_t rounds) {
-#if defined(QB_AVX512)
+#if defined(QB_AMX)
+  const TileRegisters registers;
+  for (int64_t round = 0; round < rounds; ++round) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  }
+  return rounds * 4 * 16 * 16 * 64;
+#elif defined(QB_AVX512)
   Sums a = everywhere(0x01010101), c0, c1, c2, c3, c4, c5, c6, c7, c8, c9;
   c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = c8 = c9 = zeros();
   for (int64_t round = 0; round < rounds; ++round)
