@@ -95,6 +95,11 @@ void look_up(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) 
   });
 }
 
+typedef uint8_t Lines __attribute__((vector_size(64), aligned(1), may_alias));
+
+// How many taps lie before `end`: the first of them at 0, each `dilation` from the last.
+inline int64_t taps_before(int64_t end, int64_t dilation) { return end <= 0 ? 0 : (end + dilation - 1) / dilation; }
+
 void max_pool(const uint8_t* x, const Window& v, int64_t samples, uint8_t* y) {
   const int64_t lines = samples * v.out_height;
   const int threads = threads_for(lines * v.out_width * v.channels * v.kernel_height * v.kernel_width,
@@ -105,14 +110,23 @@ void max_pool(const uint8_t* x, const Window& v, int64_t samples, uint8_t* y) {
     for (int64_t column = 0; column < v.out_width; ++column) {
       const int64_t left = column * v.stride_width - v.padding_width;
       uint8_t* out = y + (line * v.out_width + column) * v.channels;
-      std::memset(out, 0, v.channels);
-      for (int64_t i = 0; i < v.kernel_height; ++i)
-        for (int64_t j = 0; j < v.kernel_width; ++j) {
-          const int64_t row = top + i * v.dilation_height, place = left + j * v.dilation_width;
-          if (row < 0 || row >= v.height || place < 0 || place >= v.width) continue;
-          const uint8_t* at = x + ((sample * v.height + row) * v.width + place) * v.channels;
-          for (int64_t c = 0; c < v.channels; ++c) out[c] = std::max(out[c], at[c]);
-        }
+      const int64_t top_tap = taps_before(-top, v.dilation_height), left_tap = taps_before(-left, v.dilation_width);
+      const int64_t bottom_tap = std::min(v.kernel_height, taps_before(v.height - top, v.dilation_height));
+      const int64_t right_tap = std::min(v.kernel_width, taps_before(v.width - left, v.dilation_width));
+      const auto largest = [&](int64_t first, int64_t count, auto most) {
+        for (int64_t i = top_tap; i < bottom_tap; ++i)
+          for (int64_t j = left_tap; j < right_tap; ++j) {
+            const int64_t row = top + i * v.dilation_height, place = left + j * v.dilation_width;
+            const uint8_t* at = x + ((sample * v.height + row) * v.width + place) * v.channels + first;
+            auto codes = most;
+            std::memcpy(&codes, at, count);
+            most = codes > most ? codes : most;
+          }
+        std::memcpy(out + first, &most, count);
+      };
+      int64_t first = 0;
+      for (; first + 64 <= v.channels; first += 64) largest(first, 64, Lines{});
+      for (; first < v.channels; first += 16) largest(first, std::min<int64_t>(16, v.channels - first), Bytes{});
     }
   }
 }

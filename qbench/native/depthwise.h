@@ -59,7 +59,7 @@ int64_t depthwise(const Weight& centred, const Finish& finish, const Window& v, 
   for (int64_t line = 0; line < lines; ++line) {
     const int64_t sample = line / v.out_height, top = line % v.out_height * v.stride_height - v.padding_height;
     const uint8_t* image = static_cast<const uint8_t*>(o.x) + sample * v.height * v.width * channels;
-    const int32_t zero = rows.zero_points[line * v.out_width / rows.pixels];
+    const int32_t zero = rows.zero_points[rows.of(line * v.out_width)];
     for (int64_t first = 0; first < channels; first += CHANNELS) {
       const int64_t count = std::min<int64_t>(CHANNELS, channels - first);
       int64_t place = line * v.out_width * channels;
@@ -271,7 +271,7 @@ int64_t depthwise(const Weight& weight, const Finish& finish, const Window& v, c
     uint8_t* joined = joined_scratch.of<uint8_t>(d.joined_size());
     uint8_t* zeros = zero_scratch.of<uint8_t>(v.width * d.channels);
     const int64_t sample = index / pairs, y = index % pairs * (two ? 2 : 1), line = sample * v.out_height + y;
-    const int32_t zero = rows.zero_points[line * v.out_width / rows.pixels];
+    const int32_t zero = rows.zero_points[rows.of(line * v.out_width)];
     std::memset(zeros, zero, v.width * d.channels);
     d.join_rows(sample, y * v.stride_height - v.padding_height, uint8_t(zero), zeros, joined);
     if (two && y + 1 < v.out_height)

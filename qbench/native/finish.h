@@ -69,7 +69,7 @@ struct Finisher {
     ready = true;
   }
 
-  int32_t zero_of(int64_t row) const { return raw ? rows.zero_points[row / rows.pixels] : 0; }
+  int32_t zero_of(int64_t row) const { return raw ? rows.zero_points[rows.of(row)] : 0; }
 
   // The exact centred sums of a tile; `row_sum` is that of the row of codes where `raw`, else of centred ones.
   Ints exact(int n, const int32_t* sums, int32_t row_sum) const {
@@ -96,7 +96,7 @@ struct Finisher {
     const bool first = fresh();
     for (int64_t r = 0; r < count; ++r, sums += wide * TILE, t += wide * TILE) {
       prepare(zero_of(row + r));
-      const float scale = rows.scales ? rows.scales[(row + r) / rows.pixels] : 0.0f;
+      const float scale = rows.scales ? rows.scales[rows.of(row + r)] : 0.0f;
       for (int n = 0; n < wide; ++n) {
         Floats multiplier = *reinterpret_cast<const Floats*>(m + n * TILE);
         if (rows.scales) multiplier = scale * multiplier;

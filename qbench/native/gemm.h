@@ -90,42 +90,51 @@ struct Product {
     return ((sample * window.result_height + y) * window.result_width + x) * line;
   }
 
-  int16_t zero_point_of(int64_t row) const { return int16_t(rows.zero_points[row / rows.pixels]); }
+  int16_t zero_point_of(int64_t row) const { return int16_t(rows.zero_points[rows.of(row)]); }
 
-  // The window of output pixel `row`, inputs of `group`, as [blocks][block_stride]: centred int16 from codes, or floats.
+  // The windows of output pixels [first, first + count), inputs of `group`, each as [blocks][block_stride]: centred int16 or
+  // codes from codes, or floats.
   template <class In, class Out>
-  void gather(int64_t row, int64_t group, Out* out) const {
-    const int16_t zero_point = rows.zero_points ? zero_point_of(row) : int16_t(0);
-    const int64_t sample = row / pixels, pixel = row % pixels;
-    const int64_t top = pixel / window.out_width * window.stride_height - window.padding_height;
-    const int64_t left = pixel % window.out_width * window.stride_width - window.padding_width;
-    const In* image = static_cast<const In*>(operands.x) +
-                      sample * window.height * window.width * window.channels + group * per_group;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * window.block, count = std::min(window.block, per_group - first);
-      Out* at = out + block * block_stride();
-      for (int64_t i = 0; i < window.kernel_height; ++i) {
-        const int64_t y = top + i * window.dilation_height;
-        if (lines && y >= 0 && y < window.height) {  // a row of the kernel lies in one piece
-          const int64_t from = std::clamp<int64_t>(-left, 0, window.kernel_width);
-          const int64_t to = std::clamp<int64_t>(window.width - left, from, window.kernel_width);
-          padded(from * count, zero_point, at);
-          copied(image + (y * window.width + left + from) * window.channels, (to - from) * count, zero_point,
-                 at + from * count);
-          padded((window.kernel_width - to) * count, zero_point, at + to * count);
-          at += window.kernel_width * count;
-          continue;
-        }
-        for (int64_t j = 0; j < window.kernel_width; ++j, at += count) {
-          const int64_t x = left + j * window.dilation_width;
-          if (y >= 0 && y < window.height && x >= 0 && x < window.width)
-            copied(image + (y * window.width + x) * window.channels + first, count, zero_point, at);
-          else
-            padded(count, zero_point, at);
-        }
-      }
-      std::memset(at, 0, (out + (block + 1) * block_stride() - at) * sizeof(Out));
+  void gather(int64_t first, int64_t count, int64_t group, Out* out) const {
+    int64_t sample = first / pixels, y = first % pixels / window.out_width, x = first % window.out_width;
+    for (int64_t r = 0; r < count; ++r, out += stride) {
+      const int16_t zero_point = rows.zero_points ? zero_point_of(first + r) : int16_t(0);
+      const In* image = static_cast<const In*>(operands.x) +
+                        sample * window.height * window.width * window.channels + group * per_group;
+      const int64_t top = y * window.stride_height - window.padding_height;
+      const int64_t left = x * window.stride_width - window.padding_width;
+      for (int64_t b = 0; b < blocks; ++b) gather_block(image, top, left, b, zero_point, out + b * block_stride());
+      if (++x == window.out_width) x = 0, ++y;
+      if (y == window.out_height) y = 0, ++sample;
     }
+  }
+
+  template <class In, class Out>
+  void gather_block(const In* image, int64_t top, int64_t left, int64_t block, int16_t zero_point, Out* out) const {
+    const int64_t first = block * window.block, count = std::min(window.block, per_group - first);
+    const int64_t from = std::clamp<int64_t>(-left, 0, window.kernel_width);
+    const int64_t to = std::clamp<int64_t>(window.width - left, from, window.kernel_width);
+    Out* at = out;
+    for (int64_t i = 0; i < window.kernel_height; ++i) {
+      const int64_t y = top + i * window.dilation_height;
+      const bool inside = y >= 0 && y < window.height;
+      if (inside && lines) {  // a row of the kernel lies in one piece
+        const In* row = image + (y * window.width + left + from) * window.channels;
+        if (from) padded(from * count, zero_point, at);
+        copied(row, (to - from) * count, zero_point, at + from * count);
+        if (to < window.kernel_width) padded((window.kernel_width - to) * count, zero_point, at + to * count);
+        at += window.kernel_width * count;
+        continue;
+      }
+      for (int64_t j = 0; j < window.kernel_width; ++j, at += count) {
+        const int64_t x = left + j * window.dilation_width;
+        if (inside && x >= 0 && x < window.width)
+          copied(image + (y * window.width + x) * window.channels + first, count, zero_point, at);
+        else
+          padded(count, zero_point, at);
+      }
+    }
+    for (Out* end = out + block_stride(); at < end; ++at) *at = 0;
   }
 };
 
@@ -174,7 +183,7 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
       stride = p.window.channels;
     } else {
       Code* rows = gathered.of<Code>(rounded_up(count, WHOLE) * p.stride);
-      for (int64_t r = 0; r < count; ++r) p.gather<uint8_t>(first + r, group, rows + r * p.stride);
+      p.gather<uint8_t>(first, count, group, rows);
       a = rows;
     }
     if (p.weight.zero_points)

@@ -154,16 +154,16 @@ constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1)};
 constexpr int64_t WHOLE = 16;  // rows of a tile register
 constexpr int64_t WORTH_TILES = 3;
 
-// The configuration of the tile registers, for as long as it lives: all of them 16 rows of 64 bytes.
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const TileConfiguration ALL_WHOLE;  // in memory, as the intrinsic tells the compiler of eight of its bytes only
+
+// The tile registers are configured for as long as it lives: all of them 16 rows of 64 bytes.
 struct TileRegisters {
-  TileRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } configuration;
-    _tile_loadconfig(&configuration);
-  }
+  TileRegisters() { _tile_loadconfig(&ALL_WHOLE); }
   ~TileRegisters() { _tile_release(); }
 };
 

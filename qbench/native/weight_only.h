@@ -74,7 +74,7 @@ int64_t weight_only(const Weight& weight, const float* scales, const Finish& fin
       int64_t places[PANEL];
       for (int64_t r = 0; r < count; ++r) places[r] = p.place_of(first + r);
       for (int64_t group = 0; group < weight.groups; ++group) {
-        for (int64_t r = 0; r < count; ++r) p.gather<float>(first + r, group, a + r * p.stride);
+        p.gather<float>(first, count, group, a);
         for (int64_t tile = part * p.tiles / parts; tile < (part + 1) * p.tiles / parts; ++tile) {
           const Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, group, tile, 1, false, places);
           alignas(64) float t[PANEL * TILE];
