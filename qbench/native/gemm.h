@@ -93,19 +93,46 @@ struct Product {
   int16_t zero_point_of(int64_t row) const { return int16_t(rows.zero_points[rows.of(row)]); }
 
   // The windows of output pixels [first, first + count), inputs of `group`, each as [blocks][block_stride]: centred int16 or
-  // codes from codes, or floats.
+  // codes from codes, or floats. What fills up a block is not written: its weights are 0.
   template <class In, class Out>
   void gather(int64_t first, int64_t count, int64_t group, Out* out) const {
     int64_t sample = first / pixels, y = first % pixels / window.out_width, x = first % window.out_width;
-    for (int64_t r = 0; r < count; ++r, out += stride) {
-      const int16_t zero_point = rows.zero_points ? zero_point_of(first + r) : int16_t(0);
+    while (count > 0) {  // a line of the result at a time
+      const int64_t run = std::min(count, window.out_width - x);
+      const int16_t zero_point = rows.zero_points ? zero_point_of(first) : int16_t(0);
       const In* image = static_cast<const In*>(operands.x) +
                         sample * window.height * window.width * window.channels + group * per_group;
       const int64_t top = y * window.stride_height - window.padding_height;
-      const int64_t left = x * window.stride_width - window.padding_width;
-      for (int64_t b = 0; b < blocks; ++b) gather_block(image, top, left, b, zero_point, out + b * block_stride());
-      if (++x == window.out_width) x = 0, ++y;
-      if (y == window.out_height) y = 0, ++sample;
+      int64_t r = 0;
+      while (r < run) {
+        const int64_t left = (x + r) * window.stride_width - window.padding_width;
+        const int64_t last = (window.width - window.kernel_width - left) / window.stride_width;  // with a window inside
+        if (lines && left >= 0 && left + window.kernel_width <= window.width) {
+          const int64_t inside = std::min(run - r, last + 1);
+          gather_inside(image, top, left, inside, zero_point, out + r * stride);
+          r += inside;
+        } else {
+          for (int64_t b = 0; b < blocks; ++b)
+            gather_block(image, top, left, b, zero_point, out + r * stride + b * block_stride());
+          ++r;
+        }
+      }
+      out += run * stride, first += run, count -= run, x = 0;
+      if (++y == window.out_height) y = 0, ++sample;
+    }
+  }
+
+  // Windows of `count` pixels side by side, none of which leaves the image to the left or to the right.
+  template <class In, class Out>
+  void gather_inside(const In* image, int64_t top, int64_t left, int64_t count, int16_t zero_point, Out* out) const {
+    const int64_t line = window.kernel_width * per_group, step = window.stride_width * window.channels;
+    for (int64_t i = 0; i < window.kernel_height; ++i, out += line) {
+      const int64_t y = top + i * window.dilation_height;
+      const In* row = image + (y * window.width + left) * window.channels;
+      if (y >= 0 && y < window.height)
+        for (int64_t r = 0; r < count; ++r) copied(row + r * step, line, zero_point, out + r * stride);
+      else
+        for (int64_t r = 0; r < count; ++r) padded(line, zero_point, out + r * stride);
     }
   }
 
@@ -134,7 +161,6 @@ struct Product {
           padded(count, zero_point, at);
       }
     }
-    for (Out* end = out + block_stride(); at < end; ++at) *at = 0;
   }
 };
 
@@ -169,7 +195,6 @@ void pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, 
 // Rows [first, first + count) of the product, tiles [from, to) of each group.
 void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t to) {
   static thread_local Scratch gathered, summed, multiplied, totalled, placed;
-  const TileRegisters registers;
   int64_t* places = placed.of<int64_t>(count);
   for (int64_t r = 0; r < count; ++r) places[r] = p.place_of(first + r);
   int32_t* row_sums = summed.of<int32_t>(count * p.blocks);
@@ -209,20 +234,145 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
   }
 }
 
+#if defined(QB_AMX)
+// A convolution of stride 1 without gathering: a copy of the image with its padding, in which the input of a tap lies at
+// the same distance from that of the first for every output pixel. Lines of the copy run on into each other: what would
+// be to the right of the result is multiplied too, and dropped.
+struct PaddedImage {
+  const Product& p;
+  int64_t top, left, width, extra_lines, extra_columns;
+  std::vector<int64_t> offsets;
+
+  static bool fits(const Product& p) {
+    const Window& v = p.window;
+    return p.weight.groups == 1 && p.blocks == 1 && v.channels % GROUP == 0 && v.stride_height * v.stride_width == 1 &&
+           v.kernel_height * v.kernel_width > 1;
+  }
+
+  explicit PaddedImage(const Product& product) : p(product) {
+    const Window& v = p.window;
+    const int64_t reach_down = (v.kernel_height - 1) * v.dilation_height, reach_right = (v.kernel_width - 1) * v.dilation_width;
+    top = std::min<int64_t>(0, reach_down) - v.padding_height;
+    left = std::min<int64_t>(0, reach_right) - v.padding_width;
+    extra_lines = std::abs(reach_down);
+    extra_columns = std::abs(reach_right);
+    width = v.out_width + extra_columns;
+    for (int64_t i = 0; i < v.kernel_height; ++i)
+      for (int64_t j = 0; j < v.kernel_width; ++j)
+        offsets.push_back(((i * v.dilation_height - v.padding_height - top) * width + j * v.dilation_width -
+                           v.padding_width - left) * v.channels);
+  }
+
+  // Lines [first, first + count) of the result, tiles [from, to).
+  void lines(int64_t sample, int64_t first, int64_t count, int64_t from, int64_t to) const {
+    static thread_local Scratch copied_scratch, multiplied, summed, placed, totalled;
+    const Window& v = p.window;
+    const int64_t rows = (count - 1) * width + v.out_width, channels = v.channels;
+    uint8_t* image = copied_scratch.of<uint8_t>(((count + extra_lines) * width + WHOLE) * channels);
+    copy(sample, first, count + extra_lines, image);
+    int32_t* sums = multiplied.of<int32_t>(PANEL * WIDE * TILE);
+    float* t = totalled.of<float>(PANEL * WIDE * TILE);
+    int64_t* places = placed.of<int64_t>(PANEL);
+    int32_t* row_sums = nullptr;
+    if (p.weight.zero_points) row_sums = window_sums(image, count, summed);
+    const Pieces pieces{offsets.data(), int64_t(offsets.size()), channels};
+    const int64_t line = p.weight.outputs, of_sample = sample * p.pixels;
+    for (int64_t row = 0; row < rows; row += PANEL) {
+      const int64_t there = std::min(PANEL, rows - row);
+      for (int64_t tile = from; tile < to; tile += WIDE) {
+        const int wide = int(std::min<int64_t>(WIDE, to - tile));
+        const int64_t depth = p.weight.depth;
+        multiply_pieces(there, wide, image + row * channels, channels, pieces, p.tile_of(0, 0, tile), depth * TILE, false,
+                        sums);
+        for (int64_t r = 0; r < there;) {  // by lines of the result
+          const int64_t y = (row + r) / width, x = (row + r) % width;
+          const int64_t run = std::min(there - r, width - x), kept = std::min(run, std::max<int64_t>(0, v.out_width - x));
+          const int64_t pixel = of_sample + (first + y) * v.out_width + x;
+          for (int64_t i = 0; i < kept; ++i) places[i] = v.result_width ? p.place_of(pixel + i) : (pixel + i) * line;
+          Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, 0, tile, wide, true, places);
+          if (kept)
+            finisher.whole(pixel, kept, sums + r * wide * TILE, row_sums ? row_sums + y * v.out_width + x : nullptr, t);
+          r += run;
+        }
+      }
+    }
+  }
+
+  void copy(int64_t sample, int64_t first, int64_t count, uint8_t* image) const {
+    const Window& v = p.window;
+    const int16_t zero_point = p.zero_point_of(sample * p.pixels);
+    const int64_t from = std::clamp<int64_t>(-left, 0, width), to = std::clamp<int64_t>(v.width - left, from, width);
+    for (int64_t i = 0; i < count; ++i, image += width * v.channels) {
+      const int64_t y = first + top + i;
+      if (y < 0 || y >= v.height) {
+        padded(width * v.channels, zero_point, image);
+        continue;
+      }
+      padded(from * v.channels, zero_point, image);
+      copied(static_cast<const uint8_t*>(p.operands.x) + ((sample * v.height + y) * v.width + from + left) * v.channels,
+             (to - from) * v.channels, zero_point, image + from * v.channels);
+      padded((width - to) * v.channels, zero_point, image + to * v.channels);
+    }
+  }
+
+  // The sum of the codes that each output pixel of `count` lines meets.
+  int32_t* window_sums(const uint8_t* image, int64_t count, Scratch& scratch) const {
+    const Window& v = p.window;
+    int32_t* sums = scratch.of<int32_t>(count * v.out_width);
+    for (int64_t y = 0; y < count; ++y)
+      for (int64_t x = 0; x < v.out_width; ++x) {
+        int32_t sum = 0;
+        for (const int64_t offset : offsets) sum += sum_of(image + (y * width + x) * v.channels + offset, v.channels);
+        sums[y * v.out_width + x] = sum;
+      }
+    return sums;
+  }
+};
+
+void padded_layer(const Product& p, int threads) {
+  const PaddedImage image(p);
+  const int64_t lines = p.window.out_height, samples = p.operands.samples;
+  // A band of lines whose copy stays in the second-level cache; few samples: at least one for each thread.
+  const int64_t in_cache = std::max<int64_t>(1, (1 << 19) / (image.width * p.window.channels));
+  const int64_t least = samples >= threads ? 1 : threads;
+  const int64_t bands = std::min(lines, std::max(least, (lines + in_cache - 1) / in_cache));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const TileRegisters registers;
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t sample = 0; sample < samples; ++sample)
+      for (int64_t band = 0; band < bands; ++band) {
+        const int64_t first = band * lines / bands;
+        image.lines(sample, first, (band + 1) * lines / bands - first, 0, p.tiles);
+      }
+  }
+}
+#endif
+
 int64_t layer(const Weight& weight, const Finish& finish, const Window& window, const Rows& rows,
               const Operands& operands) {
   const Product p(weight, finish, window, rows, operands);
   const int64_t macs = p.total * weight.groups * weight.outputs * weight.depth;
   const int threads = threads_for(macs, WORTH_A_THREAD);
+#if defined(QB_AMX)
+  if (PaddedImage::fits(p)) {
+    padded_layer(p, threads);
+    return macs;
+  }
+#endif
   const int64_t panels = (p.total + PANEL - 1) / PANEL;
   // Few rows: each thread takes some of the outputs of every panel.
   const int64_t bands = (p.tiles + WIDE - 1) / WIDE, parts = panels >= threads ? 1 : std::min<int64_t>(threads, bands);
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2) if (threads > 1)
-  for (int64_t index = 0; index < panels; ++index)
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = index * PANEL, count = std::min<int64_t>(PANEL, p.total - first);
-      panel(p, first, count, part * bands / parts * WIDE, std::min((part + 1) * bands / parts * WIDE, p.tiles));
-    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const TileRegisters registers;
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t index = 0; index < panels; ++index)
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = index * PANEL, count = std::min<int64_t>(PANEL, p.total - first);
+        panel(p, first, count, part * bands / parts * WIDE, std::min((part + 1) * bands / parts * WIDE, p.tiles));
+      }
+  }
   return macs;
 }
 

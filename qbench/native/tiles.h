@@ -151,8 +151,14 @@ constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1)};
 #endif
 
 #if defined(QB_AMX)
+struct Pieces {  // of a row: from these offsets on, `depth` products each
+  const int64_t* offsets;
+  int64_t count, depth;
+};
+
 constexpr int64_t WHOLE = 16;  // rows of a tile register
 constexpr int64_t WORTH_TILES = 3;
+constexpr int64_t AHEAD = 2;  // tiles of the weight
 
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -167,33 +173,45 @@ struct TileRegisters {
   ~TileRegisters() { _tile_release(); }
 };
 
-// Two by two tile registers of sums: 16 or 32 rows, one or two tiles of the weight.
-template <int R, int N>
-void multiply_tiles(const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride, int64_t depth, int32_t* sums,
-                    int64_t sums_stride) {
-  _tile_zero(0);
-  if (N > 1) _tile_zero(1);
-  if (R > 1) _tile_zero(2);
-  if (R > 1 && N > 1) _tile_zero(3);
-  for (int64_t k = 0; k < depth; k += 64) {
-    _tile_loadd(4, a + k, stride);
-    _tile_loadd(6, w + k * TILE, 64);
-    _tile_dpbusd(0, 4, 6);
-    if (N > 1) {
-      _tile_loadd(7, w + tile_stride + k * TILE, 64);
-      _tile_dpbusd(1, 4, 7);
-    }
-    if (R > 1) {
-      _tile_loadd(5, a + 16 * stride + k, stride);
-      _tile_dpbusd(2, 5, 6);
-      if (N > 1) _tile_dpbusd(3, 5, 7);
+// R tile registers of sums, 16 rows each, times one tile of the weight.
+template <int R>
+void multiply_tiles(const Code* a, int64_t stride, const Pieces& pieces, const int8_t* w, bool add, int32_t* sums,
+                    int64_t line) {
+  const int64_t bytes = line * 4;
+#define QB_EACH(run) \
+  run(0, 4) if (R > 1) run(1, 5) if (R > 2) run(2, 7) if (R > 3) run(3, 4)
+  if (add) {
+#define QB_LOAD(r, unused) { _tile_loadd(r, sums + r * 16 * line, bytes); }
+    QB_EACH(QB_LOAD)
+  } else {
+#define QB_ZERO(r, unused) { _tile_zero(r); }
+    QB_EACH(QB_ZERO)
+  }
+  for (int64_t p = 0; p < pieces.count; ++p) {
+    const Code* at = a + pieces.offsets[p];
+    for (int64_t k = 0; k < pieces.depth; k += 64, at += 64, w += 64 * TILE) {
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(w + AHEAD * 64 * TILE + i * 64);  // it may come from afar
+      _tile_loadd(6, w, 64);
+#define QB_MULTIPLY(r, input) { _tile_loadd(input, at + r * 16 * stride, stride); _tile_dpbusd(r, input, 6); }
+      QB_EACH(QB_MULTIPLY)
     }
   }
-  const int64_t bytes = sums_stride * 4;
-  _tile_stored(0, sums, bytes);
-  if (N > 1) _tile_stored(1, sums + TILE, bytes);
-  if (R > 1) _tile_stored(2, sums + 16 * sums_stride, bytes);
-  if (R > 1 && N > 1) _tile_stored(3, sums + 16 * sums_stride + TILE, bytes);
+#define QB_STORE(r, unused) { _tile_stored(r, sums + r * 16 * line, bytes); }
+  QB_EACH(QB_STORE)
+#undef QB_EACH
+#undef QB_LOAD
+#undef QB_ZERO
+#undef QB_MULTIPLY
+#undef QB_STORE
+}
+
+// As `multiply`, of rows in pieces: `rows` up to 64.
+void multiply_pieces(int64_t rows, int wide, const Code* a, int64_t stride, const Pieces& pieces, const int8_t* w,
+                     int64_t tile_stride, bool add, int32_t* sums) {
+  const auto run = rows > 48 ? multiply_tiles<4> : rows > 32 ? multiply_tiles<3> : rows > 16 ? multiply_tiles<2>
+                                                                                           : multiply_tiles<1>;
+  for (int n = 0; n < wide; ++n)
+    run(a, stride, pieces, w + n * tile_stride, add, sums + n * TILE, wide * TILE);
 }
 #else
 constexpr int64_t WHOLE = 1;
@@ -208,12 +226,11 @@ inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, cons
                      int64_t depth, int32_t* sums) {
 #if defined(QB_AMX)
   if (rows >= WORTH_TILES) {
-    for (int64_t r = 0; r < rows; r += 32)
-      for (int n = 0; n < wide; n += 2) {
-        const int64_t line = wide * TILE;
-        const auto run = rows - r > 16 ? (wide - n > 1 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                                       : (wide - n > 1 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-        run(a + r * stride, stride, w + n * tile_stride, tile_stride, depth, sums + r * line + n * TILE, line);
+    for (int64_t r = 0; r < rows; r += 64)
+      for (int64_t first = 0; first < depth; first += CHUNK) {
+        const Pieces piece{&first, 1, std::min(CHUNK, depth - first)};
+        multiply_pieces(std::min<int64_t>(64, rows - r), wide, a + r * stride, stride, piece, w + first * TILE, tile_stride,
+                        first > 0, sums + r * wide * TILE);
       }
     return;
   }
