@@ -52,10 +52,16 @@ def _spread(per_row: Tensor, outputs: int) -> Tensor:
     return per_row.expand(outputs, -1)
 
 
-def packed(weight: Tensor, zero_points: Tensor | None, groups: int, block_depth: int) -> Held:
-    """A qb::Weight of int8 [groups * outputs, depth], its products in the engine's order."""
+def packed(
+    weight: Tensor, zero_points: Tensor | None, groups: int, block_depth: int, segment: int | None = None
+) -> Held:
+    """A qb::Weight of int8 [groups * outputs, depth], its products in the engine's order.
+
+    `segment` counts products whose inputs lie side by side: by default a whole block.
+    """
     outputs, depth = weight.shape[0] // groups, weight.shape[1]
-    sizes = groups, outputs, depth, block_depth
+    block_depth = min(block_depth, max(depth, 1))
+    sizes = groups, outputs, depth, block_depth, segment or block_depth
     weight = weight.contiguous()  # held while it is read
     values = torch.empty(library().qb_packed_size(*sizes), dtype=torch.int8)
     totals = torch.empty(math.ceil(depth / block_depth), groups, math.ceil(outputs / TILE) * TILE, dtype=torch.int32)
@@ -75,7 +81,7 @@ def packed_depthwise(weight: Tensor, zero_points: Tensor | None) -> Held:
         weight.data_ptr(), pointer(tiles), channels, *kernel, values.data_ptr(), totals.data_ptr()
     )
     taps = math.prod(kernel)
-    structure = Weight(values.data_ptr(), totals.data_ptr(), pointer(tiles), 1, channels, taps, taps)
+    structure = Weight(values.data_ptr(), totals.data_ptr(), pointer(tiles), 1, channels, taps, taps, taps)
     return Held(structure, values, totals, tiles)
 
 
@@ -216,7 +222,9 @@ class _Images:
         else:
             products = by_blocks(weight, self.block)
             taps_of_block = self.block * math.prod(self.kernel)
-            self.weight = packed(products, c["weight_zero_point"], self.groups, taps_of_block)
+            lines = self.groups == 1 and self.block >= self.inputs and self.dilation[1] == 1
+            segment = self.kernel[1] * self.inputs if lines else None
+            self.weight = packed(products, c["weight_zero_point"], self.groups, taps_of_block, segment)
             self.multiply = library().qb_layer
 
     def inward(self, x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ struct Heads {  // scratch of a thread for one head of a sample
     keys.totals = kt.of<int32_t>(stride);
     values.values = v.of<int8_t>(rounded_up(a.width, TILE) * rounded_up(a.keys, GROUP));
     values.totals = vt.of<int32_t>(rounded_up(a.width, TILE));
-    rows = r.of<Code>(AT_ONCE * rounded_up(std::max(a.depth, a.keys), GROUP));
+    rows = r.of<Code>(AT_ONCE * rounded_up(std::max(a.depth, a.keys), GROUP) + 64);
     scores = s.of<float>(AT_ONCE * stride);
   }
 

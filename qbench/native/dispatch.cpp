@@ -71,13 +71,13 @@ const char* qb_isa() { return kernels().name; }
 
 int64_t qb_peak(int64_t rounds) { return kernels().peak(rounds); }
 
-int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth) {
-  return kernels().packed_size(groups, outputs, depth, block_depth);
+int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int64_t segment) {
+  return kernels().packed_size(groups, outputs, depth, block_depth, segment);
 }
 
-void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed,
-             int32_t* totals) {
-  kernels().pack(weight, groups, outputs, depth, block_depth, packed, totals);
+void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int64_t segment,
+             int8_t* packed, int32_t* totals) {
+  kernels().pack(weight, groups, outputs, depth, block_depth, segment, packed, totals);
 }
 
 int64_t qb_layer(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,

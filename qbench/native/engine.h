@@ -14,11 +14,13 @@ constexpr int TILE = 16;  // outputs that lie side by side in a packed weight
 
 // A weight [groups * outputs][depth], packed by qb_pack for the instruction set that runs. `depth` counts the products of one output, in the order
 // block, kernel row, kernel column, input of the block; a block has `block_depth` of them, the last one may be shorter.
+// Each `segment` of products, those whose inputs lie side by side, is filled up with zeros on its own; where there are
+// several blocks it is a block.
 struct Weight {
-  const int8_t* values;        // [groups][blocks][tiles][depth / n][TILE][n], n products side by side, padded with 0
+  const int8_t* values;        // [groups][blocks][tiles][depth / n][TILE][n], n products side by side
   const int32_t* totals;       // sum of the values of an output: [blocks][groups][tiles * TILE]
   const int32_t* zero_points;  // [blocks][groups][tiles * TILE]; null: all 0
-  int64_t groups, outputs, depth, block_depth;
+  int64_t groups, outputs, depth, block_depth, segment;
 };
 
 // From the exact sums of an output to its result:
@@ -113,10 +115,10 @@ const char* qb_isa();
 int64_t qb_peak(int64_t rounds);
 
 // Packs a weight [groups][outputs][depth] (already in the order of Weight) into `packed` and `totals`; see qb::Weight.
-void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed,
-             int32_t* totals);
+void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int64_t segment,
+             int8_t* packed, int32_t* totals);
 // The bytes of a packed weight.
-int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth);
+int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int64_t segment);
 
 // A convolution or a linear layer. Returns the number of multiply-accumulates.
 int64_t qb_layer(const qb::Weight*, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*);

@@ -11,6 +11,12 @@ inline int32_t sum_of(const Code* a, int64_t count) {
   return sum;
 }
 
+#if defined(QB_AVX512)
+constexpr int64_t ALIGNED = 64;  // rows of a panel begin at multiples of it
+constexpr int64_t OVERRUN = 48;  // of `copied`, from the end of a room on
+#else
+constexpr int64_t ALIGNED = GROUP, OVERRUN = 0;
+#endif
 #if defined(QB_AMX)
 constexpr int64_t PANEL = 64;  // rows gathered at once
 #else
@@ -23,9 +29,15 @@ inline void copied(const uint8_t* x, int64_t count, int16_t zero_point, int16_t*
 }
 inline void copied(const uint8_t* x, int64_t count, int16_t, uint8_t* out) {
 #if defined(QB_AVX512)
+  // Whole stores, as masked ones that cross a line of the cache are slow: up to 63 bytes behind the copy are lost.
   for (; count > 64; count -= 64, x += 64, out += 64) _mm512_storeu_si512(out, _mm512_loadu_si512(x));
   const uint64_t there = count == 64 ? ~0ull : (1ull << count) - 1;
-  _mm512_mask_storeu_epi8(out, there, _mm512_maskz_loadu_epi8(there, x));
+  if (count > 32)
+    _mm512_storeu_si512(out, _mm512_maskz_loadu_epi8(there, x));
+  else if (count > 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_maskz_loadu_epi8(__mmask32(there), x));
+  else
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_maskz_loadu_epi8(__mmask16(there), x));
 #else
   std::memcpy(out, x, count);
 #endif
@@ -36,6 +48,20 @@ inline void copied(const float* x, int64_t count, int16_t, float* out) { std::me
 inline void padded(int64_t count, int16_t, int16_t* out) { std::memset(out, 0, count * sizeof(int16_t)); }
 inline void padded(int64_t count, int16_t zero_point, uint8_t* out) { std::memset(out, zero_point, count); }
 inline void padded(int64_t count, int16_t, float* out) { std::memset(out, 0, count * sizeof(float)); }
+
+// The room of a segment of products in a panel and in a packed weight.
+inline int64_t room_of(int64_t segment) {
+  constexpr int64_t least = PACKED == 4 && GROUP > 4 ? 16 : GROUP;  // a power of two lies in one line of the cache
+  int64_t room = least;
+  while (room < segment && room < GROUP) room *= 2;
+  return rounded_up(segment, room);
+}
+
+// Products of a block as they are packed: each segment is filled up, and then all of them.
+inline int64_t packed_depth(int64_t depth, int64_t segment) {
+  if (depth < segment) return rounded_up(depth, GROUP);  // the last block
+  return rounded_up(depth / segment * room_of(segment), GROUP);
+}
 
 // The shape of one layer's product, and how a panel is gathered for it.
 struct Product {
@@ -52,17 +78,17 @@ struct Product {
       : weight(w), finish(f), window(v), rows(r), operands(o) {
     blocks = (w.depth + w.block_depth - 1) / w.block_depth;
     tiles = (w.outputs + TILE - 1) / TILE;
-    stride = blocks * block_stride();
+    stride = rounded_up(blocks * block_stride() + OVERRUN, ALIGNED);
     pixels = v.out_height * v.out_width;
     total = o.samples * pixels;
     per_group = v.channels / w.groups;
     const bool pointwise = v.kernel_height * v.kernel_width == 1 && v.stride_height * v.stride_width == 1 &&
                            v.padding_height + v.padding_width == 0 && v.out_height == v.height && v.out_width == v.width;
-    in_place = !CENTRED && pointwise && blocks == 1;
-    lines = w.groups == 1 && blocks == 1 && v.dilation_width == 1;
+    in_place = !CENTRED && pointwise && blocks == 1 && (WHOLE == 1 || v.channels % ALIGNED == 0);
+    lines = w.segment == v.kernel_width * v.channels && w.groups == 1 && blocks == 1 && v.dilation_width == 1;
   }
 
-  int64_t block_stride() const { return rounded_up(weight.block_depth, GROUP); }
+  int64_t block_stride() const { return packed_depth(weight.block_depth, weight.segment); }
   // May the rows be read where they lie? A tile reads whole groups of products: the last pixels must not be the image's.
   bool reads_in_place(int64_t first, int64_t count) const {
     return in_place && (first + rounded_up(count, WHOLE)) * window.channels + rounded_up(per_group, GROUP) <= total * window.channels + per_group;
@@ -74,10 +100,10 @@ struct Product {
 
   // The bytes of the packed weight before a block's tile of a group.
   const int8_t* tile_of(int64_t group, int64_t block, int64_t tile) const {
-    const int64_t full = tiles * rounded_up(weight.block_depth, GROUP) * TILE;
-    const int64_t last = tiles * rounded_up(depth_of(blocks - 1), GROUP) * TILE;
+    const int64_t full = tiles * packed_depth(weight.block_depth, weight.segment) * TILE;
+    const int64_t last = tiles * packed_depth(depth_of(blocks - 1), weight.segment) * TILE;
     const int64_t of_group = (blocks - 1) * full + last;
-    return weight.values + group * of_group + block * full + tile * rounded_up(depth_of(block), GROUP) * TILE;
+    return weight.values + group * of_group + block * full + tile * packed_depth(depth_of(block), weight.segment) * TILE;
   }
 
   // Where the outputs of a row begin in the result.
@@ -126,7 +152,7 @@ struct Product {
   template <class In, class Out>
   void gather_inside(const In* image, int64_t top, int64_t left, int64_t count, int16_t zero_point, Out* out) const {
     const int64_t line = window.kernel_width * per_group, step = window.stride_width * window.channels;
-    for (int64_t i = 0; i < window.kernel_height; ++i, out += line) {
+    for (int64_t i = 0; i < window.kernel_height; ++i, out += room_of(line)) {
       const int64_t y = top + i * window.dilation_height;
       const In* row = image + (y * window.width + left) * window.channels;
       if (y >= 0 && y < window.height)
@@ -150,9 +176,10 @@ struct Product {
         if (from) padded(from * count, zero_point, at);
         copied(row, (to - from) * count, zero_point, at + from * count);
         if (to < window.kernel_width) padded((window.kernel_width - to) * count, zero_point, at + to * count);
-        at += window.kernel_width * count;
+        at += room_of(window.kernel_width * count);
         continue;
       }
+      Out* const line = at;
       for (int64_t j = 0; j < window.kernel_width; ++j, at += count) {
         const int64_t x = left + j * window.dilation_width;
         if (inside && x >= 0 && x < window.width)
@@ -160,35 +187,44 @@ struct Product {
         else
           padded(count, zero_point, at);
       }
+      if (lines) at = line + room_of(window.kernel_width * count);
     }
+  }
+
+  // Of the codes of one row of a panel's block.
+  int32_t row_sum(const Code* a, int64_t block) const {
+    const int64_t depth = depth_of(block), segment = std::min(depth, weight.segment);
+    int32_t sum = 0;
+    for (int64_t k = 0; k < depth; k += segment, a += room_of(segment)) sum += sum_of(a, segment);
+    return sum;
   }
 };
 
-int64_t packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth) {
+int64_t packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int64_t segment) {
   int64_t size = 0;
   for (int64_t first = 0; first < depth; first += block_depth)
-    size += rounded_up(std::min(block_depth, depth - first), GROUP) * rounded_up(outputs, TILE) * groups;
+    size += packed_depth(std::min(block_depth, depth - first), segment) * rounded_up(outputs, TILE) * groups;
   return size;
 }
 
-void pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int8_t* packed,
-          int32_t* totals) {
+void pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int64_t segment,
+          int8_t* packed, int32_t* totals) {
   const int64_t tiles = (outputs + TILE - 1) / TILE, all = groups * tiles * TILE;
+  std::memset(packed, 0, packed_size(groups, outputs, depth, block_depth, segment));
+  std::memset(totals, 0, (depth + block_depth - 1) / block_depth * all * sizeof(int32_t));
   for (int64_t group = 0; group < groups; ++group)
     for (int64_t first = 0, block = 0; first < depth; first += block_depth, ++block) {
-      const int64_t count = std::min(block_depth, depth - first);
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        int32_t* total = totals + block * all + (group * tiles + tile) * TILE;
-        std::memset(total, 0, TILE * sizeof(int32_t));
-        for (int64_t k = 0; k < rounded_up(count, GROUP); k += PACKED)
-          for (int64_t j = 0; j < TILE; ++j)
-            for (int64_t side = 0; side < PACKED; ++side) {
-              const int64_t output = tile * TILE + j;
-              const bool there = output < outputs && k + side < count;
-              *packed = there ? weight[(group * outputs + output) * depth + first + k + side] : int8_t(0);
-              total[j] += *packed++;
-            }
-      }
+      const int64_t count = std::min(block_depth, depth - first), whole = packed_depth(count, segment);
+      for (int64_t tile = 0; tile < tiles; ++tile, packed += whole * TILE)
+        for (int64_t j = 0; j < std::min<int64_t>(TILE, outputs - tile * TILE); ++j) {
+          const int8_t* from = weight + (group * outputs + tile * TILE + j) * depth + first;
+          int32_t& total = totals[block * all + (group * tiles + tile) * TILE + j];
+          for (int64_t k = 0; k < count; ++k) {
+            const int64_t to = k / segment * room_of(segment) + k % segment;
+            packed[to / PACKED * PACKED * TILE + j * PACKED + to % PACKED] = from[k];
+            total += from[k];
+          }
+        }
     }
 }
 
@@ -214,13 +250,13 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
     if (p.weight.zero_points)
       for (int64_t b = 0; b < p.blocks; ++b)
         for (int64_t r = 0; r < count; ++r)
-          row_sums[b * count + r] = sum_of(a + r * stride + b * p.block_stride(), p.depth_of(b));
+          row_sums[b * count + r] = p.row_sum(a + r * stride + b * p.block_stride(), b);
     for (int64_t tile = from; tile < to; tile += WIDE) {
       const int wide = int(std::min<int64_t>(WIDE, to - tile));
       Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, group, tile, wide, !CENTRED, places);
       if (p.blocks > 1) finisher.begin(count, t);
       for (int64_t b = 0; b < p.blocks; ++b) {
-        const int64_t depth = rounded_up(p.depth_of(b), GROUP);
+        const int64_t depth = packed_depth(p.depth_of(b), p.weight.segment);
         multiply(count, wide, a + b * p.block_stride(), stride, p.tile_of(group, b, tile), depth * TILE, depth, sums);
         if (p.blocks == 1) {
           finisher.whole(first, count, sums, row_sums, t);
@@ -235,65 +271,101 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
 }
 
 #if defined(QB_AMX)
-// A convolution of stride 1 without gathering: a copy of the image with its padding, in which the input of a tap lies at
-// the same distance from that of the first for every output pixel. Lines of the copy run on into each other: what would
-// be to the right of the result is multiplied too, and dropped.
+// A convolution without gathering: a copy of the image with its padding, in which the inputs of a kernel row lie side by
+// side, and at the same distance from those of the row before for every output pixel. A tile register takes 16 output
+// pixels of a line. Where the stride is 1, lines of the copy run on into each other: what would be to the right of the
+// result is multiplied too, and dropped.
 struct PaddedImage {
   const Product& p;
-  int64_t top, left, width, extra_lines, extra_columns;
-  std::vector<int64_t> offsets;
+  int64_t top, left, width, extra_lines, step, depth;
+  bool run_on;
+  std::vector<int64_t> offsets;  // of the segments
 
   static bool fits(const Product& p) {
     const Window& v = p.window;
-    return p.weight.groups == 1 && p.blocks == 1 && v.channels % GROUP == 0 && v.stride_height * v.stride_width == 1 &&
-           v.kernel_height * v.kernel_width > 1;
+    if (p.weight.groups > 1 || p.blocks > 1 || v.kernel_height * v.kernel_width == 1) return false;
+    const bool ran_on = v.stride_height == 1 && v.stride_width == 1;
+    return (p.lines ? p.weight.segment * 2 > GROUP : v.channels % GROUP == 0) && (ran_on || (p.lines && v.out_width % 16 == 0) || (p.lines && v.out_width > 24));
   }
 
   explicit PaddedImage(const Product& product) : p(product) {
     const Window& v = p.window;
-    const int64_t reach_down = (v.kernel_height - 1) * v.dilation_height, reach_right = (v.kernel_width - 1) * v.dilation_width;
-    top = std::min<int64_t>(0, reach_down) - v.padding_height;
-    left = std::min<int64_t>(0, reach_right) - v.padding_width;
-    extra_lines = std::abs(reach_down);
-    extra_columns = std::abs(reach_right);
-    width = v.out_width + extra_columns;
+    const int64_t down = (v.kernel_height - 1) * v.dilation_height, right = (v.kernel_width - 1) * v.dilation_width;
+    run_on = v.stride_height == 1 && v.stride_width == 1;
+    top = std::min<int64_t>(0, down) - v.padding_height;
+    left = std::min<int64_t>(0, right) - v.padding_width;
+    extra_lines = std::abs(down);
+    width = (v.out_width - 1) * v.stride_width + 1 + std::abs(right);
+    step = v.stride_width * v.channels;
+    depth = p.lines ? room_of(v.kernel_width * v.channels) : v.channels;
     for (int64_t i = 0; i < v.kernel_height; ++i)
-      for (int64_t j = 0; j < v.kernel_width; ++j)
+      for (int64_t j = 0; j < (p.lines ? 1 : v.kernel_width); ++j)
         offsets.push_back(((i * v.dilation_height - v.padding_height - top) * width + j * v.dilation_width -
                            v.padding_width - left) * v.channels);
   }
 
-  // Lines [first, first + count) of the result, tiles [from, to).
-  void lines(int64_t sample, int64_t first, int64_t count, int64_t from, int64_t to) const {
-    static thread_local Scratch copied_scratch, multiplied, summed, placed, totalled;
+  int64_t lines_of(int64_t count) const { return (count - 1) * p.window.stride_height + 1 + extra_lines; }
+
+  // Lines [first, first + count) of the result.
+  void lines(int64_t sample, int64_t first, int64_t count) const {
+    static thread_local Scratch copied_scratch, summed;
     const Window& v = p.window;
-    const int64_t rows = (count - 1) * width + v.out_width, channels = v.channels;
-    uint8_t* image = copied_scratch.of<uint8_t>(((count + extra_lines) * width + WHOLE) * channels);
-    copy(sample, first, count + extra_lines, image);
+    // A tile reads 16 rows and whole groups of products, whatever lies there.
+    const int64_t slack = 16 * step + depth;
+    uint8_t* image = copied_scratch.of<uint8_t>(lines_of(count) * width * v.channels + slack);
+    copy(sample, first * v.stride_height, lines_of(count), image);
+    const int32_t* row_sums = p.weight.zero_points ? window_sums(image, count, summed) : nullptr;
+    const int64_t of_line = (v.out_width + 15) / 16;
+    const int64_t all = run_on ? ((count - 1) * width + v.out_width + 15) / 16 : count * of_line;
+    for (int64_t tile = 0; tile < all; tile += TILES) {
+      Run runs[TILES * 16];
+      const Code* at[TILES];
+      int64_t many = 0;
+      const int64_t here = std::min<int64_t>(TILES, all - tile);
+      for (int64_t i = 0; i < here; ++i) {
+        if (run_on) {
+          const int64_t row = (tile + i) * 16;
+          at[i] = image + row * step;
+          for (int64_t r = 0; r < 16;) {  // by lines of the result
+            const int64_t y = (row + r) / width, x = (row + r) % width, length = std::min(16 - r, width - x);
+            const int64_t kept = std::min(length, v.out_width - x);
+            if (y < count && kept > 0) runs[many++] = {i * 16 + r, y, x, kept};
+            r += length;
+          }
+        } else {
+          const int64_t y = (tile + i) / of_line, x = (tile + i) % of_line * 16;
+          at[i] = image + (y * v.stride_height * width) * v.channels + x * step;
+          runs[many++] = {i * 16, y, x, std::min<int64_t>(16, v.out_width - x)};
+        }
+      }
+      multiply_and_finish(sample, first, here, at, many, runs, row_sums);
+    }
+  }
+
+  struct Run {  // of rows of a panel: output pixels side by side
+    int64_t row, y, x, count;
+  };
+
+  void multiply_and_finish(int64_t sample, int64_t first, int64_t count, const Code* const* at, int64_t many,
+                           const Run* runs, const int32_t* row_sums) const {
+    static thread_local Scratch multiplied, placed, totalled;
     int32_t* sums = multiplied.of<int32_t>(PANEL * WIDE * TILE);
     float* t = totalled.of<float>(PANEL * WIDE * TILE);
     int64_t* places = placed.of<int64_t>(PANEL);
-    int32_t* row_sums = nullptr;
-    if (p.weight.zero_points) row_sums = window_sums(image, count, summed);
-    const Pieces pieces{offsets.data(), int64_t(offsets.size()), channels};
-    const int64_t line = p.weight.outputs, of_sample = sample * p.pixels;
-    for (int64_t row = 0; row < rows; row += PANEL) {
-      const int64_t there = std::min(PANEL, rows - row);
-      for (int64_t tile = from; tile < to; tile += WIDE) {
-        const int wide = int(std::min<int64_t>(WIDE, to - tile));
-        const int64_t depth = p.weight.depth;
-        multiply_pieces(there, wide, image + row * channels, channels, pieces, p.tile_of(0, 0, tile), depth * TILE, false,
-                        sums);
-        for (int64_t r = 0; r < there;) {  // by lines of the result
-          const int64_t y = (row + r) / width, x = (row + r) % width;
-          const int64_t run = std::min(there - r, width - x), kept = std::min(run, std::max<int64_t>(0, v.out_width - x));
-          const int64_t pixel = of_sample + (first + y) * v.out_width + x;
-          for (int64_t i = 0; i < kept; ++i) places[i] = v.result_width ? p.place_of(pixel + i) : (pixel + i) * line;
-          Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, 0, tile, wide, true, places);
-          if (kept)
-            finisher.whole(pixel, kept, sums + r * wide * TILE, row_sums ? row_sums + y * v.out_width + x : nullptr, t);
-          r += run;
-        }
+    const Window& v = p.window;
+    const Pieces pieces{offsets.data(), int64_t(offsets.size()), depth};
+    for (int64_t i = 0; i < many; ++i)
+      for (int64_t r = 0; r < runs[i].count; ++r)
+        places[runs[i].row + r] = p.place_of(sample * p.pixels + (first + runs[i].y) * v.out_width + runs[i].x + r);
+    for (int64_t tile = 0; tile < p.tiles; tile += WIDE) {
+      const int wide = int(std::min<int64_t>(WIDE, p.tiles - tile));
+      multiply_pieces(count, wide, at, step, pieces, p.tile_of(0, 0, tile), p.block_stride() * TILE, false, sums);
+      Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, 0, tile, wide, true, places);
+      for (int64_t i = 0; i < many; ++i) {
+        const Run& run = runs[i];
+        finisher.places = places + run.row;
+        finisher.whole(sample * p.pixels + (first + run.y) * v.out_width + run.x, run.count, sums + run.row * wide * TILE,
+                       row_sums ? row_sums + run.y * v.out_width + run.x : nullptr, t);
       }
     }
   }
@@ -322,7 +394,8 @@ struct PaddedImage {
     for (int64_t y = 0; y < count; ++y)
       for (int64_t x = 0; x < v.out_width; ++x) {
         int32_t sum = 0;
-        for (const int64_t offset : offsets) sum += sum_of(image + (y * width + x) * v.channels + offset, v.channels);
+        const uint8_t* at = image + y * v.stride_height * width * v.channels + x * step;
+        for (const int64_t offset : offsets) sum += sum_of(at + offset, p.lines ? v.kernel_width * v.channels : v.channels);
         sums[y * v.out_width + x] = sum;
       }
     return sums;
@@ -333,7 +406,7 @@ void padded_layer(const Product& p, int threads) {
   const PaddedImage image(p);
   const int64_t lines = p.window.out_height, samples = p.operands.samples;
   // A band of lines whose copy stays in the second-level cache; few samples: at least one for each thread.
-  const int64_t in_cache = std::max<int64_t>(1, (1 << 19) / (image.width * p.window.channels));
+  const int64_t in_cache = std::max<int64_t>(1, (1 << 19) / (image.width * p.window.channels * p.window.stride_height));
   const int64_t least = samples >= threads ? 1 : threads;
   const int64_t bands = std::min(lines, std::max(least, (lines + in_cache - 1) / in_cache));
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -343,7 +416,7 @@ void padded_layer(const Product& p, int threads) {
     for (int64_t sample = 0; sample < samples; ++sample)
       for (int64_t band = 0; band < bands; ++band) {
         const int64_t first = band * lines / bands;
-        image.lines(sample, first, (band + 1) * lines / bands - first, 0, p.tiles);
+        image.lines(sample, first, (band + 1) * lines / bands - first);
       }
   }
 }

@@ -16,8 +16,8 @@ struct Codes {  // of a result: R(v)
 struct Kernels {
   const char* name;
   int64_t (*peak)(int64_t);
-  int64_t (*packed_size)(int64_t, int64_t, int64_t, int64_t);
-  void (*pack)(const int8_t*, int64_t, int64_t, int64_t, int64_t, int8_t*, int32_t*);
+  int64_t (*packed_size)(int64_t, int64_t, int64_t, int64_t, int64_t);
+  void (*pack)(const int8_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int8_t*, int32_t*);
   int64_t (*layer)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&);
   int64_t (*packed_depthwise_size)(int64_t, int64_t, int64_t);
   void (*pack_depthwise)(const int8_t*, const int32_t*, int64_t, int64_t, int64_t, int8_t*, int32_t*);

@@ -35,7 +35,7 @@ class Weight(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("values", "totals", "zero_points")),
-        *((name, c_int64) for name in ("groups", "outputs", "depth", "block_depth")),
+        *((name, c_int64) for name in ("groups", "outputs", "depth", "block_depth", "segment")),
     ]
 
 
@@ -117,8 +117,8 @@ _CODES = [c_int32, c_int32, c_int32, c_void_p]  # zero_point, q_min, q_max, y
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qb_isa": (ctypes.c_char_p, []),
     "qb_peak": (c_int64, [c_int64]),
-    "qb_packed_size": (c_int64, [c_int64] * 4),
-    "qb_pack": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p]),
+    "qb_packed_size": (c_int64, [c_int64] * 5),
+    "qb_pack": (None, [c_void_p, *[c_int64] * 5, c_void_p, c_void_p]),
     "qb_layer": (c_int64, _LAYER),
     "qb_packed_depthwise_size": (c_int64, [c_int64] * 3),
     "qb_pack_depthwise": (None, [c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_void_p]),

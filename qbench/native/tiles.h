@@ -175,7 +175,7 @@ struct TileRegisters {
 
 // R tile registers of sums, 16 rows each, times one tile of the weight.
 template <int R>
-void multiply_tiles(const Code* a, int64_t stride, const Pieces& pieces, const int8_t* w, bool add, int32_t* sums,
+void multiply_tiles(const Code* const* a, int64_t stride, const Pieces& pieces, const int8_t* w, bool add, int32_t* sums,
                     int64_t line) {
   const int64_t bytes = line * 4;
 #define QB_EACH(run) \
@@ -188,11 +188,11 @@ void multiply_tiles(const Code* a, int64_t stride, const Pieces& pieces, const i
     QB_EACH(QB_ZERO)
   }
   for (int64_t p = 0; p < pieces.count; ++p) {
-    const Code* at = a + pieces.offsets[p];
-    for (int64_t k = 0; k < pieces.depth; k += 64, at += 64, w += 64 * TILE) {
+    const int64_t first = pieces.offsets[p];
+    for (int64_t k = first; k < first + pieces.depth; k += 64, w += 64 * TILE) {
       for (int i = 0; i < 16; ++i) __builtin_prefetch(w + AHEAD * 64 * TILE + i * 64);  // it may come from afar
       _tile_loadd(6, w, 64);
-#define QB_MULTIPLY(r, input) { _tile_loadd(input, at + r * 16 * stride, stride); _tile_dpbusd(r, input, 6); }
+#define QB_MULTIPLY(r, input) { _tile_loadd(input, a[r] + k, stride); _tile_dpbusd(r, input, 6); }
       QB_EACH(QB_MULTIPLY)
     }
   }
@@ -205,10 +205,12 @@ void multiply_tiles(const Code* a, int64_t stride, const Pieces& pieces, const i
 #undef QB_STORE
 }
 
-// As `multiply`, of rows in pieces: `rows` up to 64.
-void multiply_pieces(int64_t rows, int wide, const Code* a, int64_t stride, const Pieces& pieces, const int8_t* w,
+constexpr int TILES = 4;  // tile registers of sums
+
+// As `multiply`: each of `count` (at most TILES) pointers is to 16 rows in pieces.
+void multiply_pieces(int64_t count, int wide, const Code* const* a, int64_t stride, const Pieces& pieces, const int8_t* w,
                      int64_t tile_stride, bool add, int32_t* sums) {
-  const auto run = rows > 48 ? multiply_tiles<4> : rows > 32 ? multiply_tiles<3> : rows > 16 ? multiply_tiles<2>
+  const auto run = count > 3 ? multiply_tiles<4> : count > 2 ? multiply_tiles<3> : count > 1 ? multiply_tiles<2>
                                                                                            : multiply_tiles<1>;
   for (int n = 0; n < wide; ++n)
     run(a, stride, pieces, w + n * tile_stride, add, sums + n * TILE, wide * TILE);
@@ -229,7 +231,8 @@ inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, cons
     for (int64_t r = 0; r < rows; r += 64)
       for (int64_t first = 0; first < depth; first += CHUNK) {
         const Pieces piece{&first, 1, std::min(CHUNK, depth - first)};
-        multiply_pieces(std::min<int64_t>(64, rows - r), wide, a + r * stride, stride, piece, w + first * TILE, tile_stride,
+        const Code* const at[TILES] = {a + r * stride, a + (r + 16) * stride, a + (r + 32) * stride, a + (r + 48) * stride};
+        multiply_pieces((std::min<int64_t>(64, rows - r) + 15) / 16, wide, at, stride, piece, w + first * TILE, tile_stride,
                         first > 0, sums + r * wide * TILE);
       }
     return;
