@@ -273,47 +273,77 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
 #if defined(QB_AMX)
 // A convolution without gathering: a copy of the image with its padding, in which the inputs of a kernel row lie side by
 // side, and at the same distance from those of the row before for every output pixel. A tile register takes 16 output
-// pixels of a line. Where the stride is 1, lines of the copy run on into each other: what would be to the right of the
-// result is multiplied too, and dropped.
+// pixels. Where lines of the copy run on into each other, what would be to the right of the result is multiplied too, and
+// dropped. Where a kernel row is short, the copy holds the inputs of each output pixel apart, as many kernel rows as a
+// tile register takes side by side.
 struct PaddedImage {
   const Product& p;
-  int64_t top, left, width, extra_lines, step, depth;
-  bool run_on;
-  std::vector<int64_t> offsets;  // of the segments
+  bool apart, run_on;
+  int64_t top, left, extra_lines;
+  int64_t width, step, line, depth;  // pixels of a line; bytes between pixels, between lines of the result, of a segment
+  int64_t side, every;               // apart: kernel rows side by side, and input lines from one line of the copy to the next
+  std::vector<int64_t> offsets;      // of the segments
 
   static bool fits(const Product& p) {
     const Window& v = p.window;
     if (p.weight.groups > 1 || p.blocks > 1 || v.kernel_height * v.kernel_width == 1) return false;
-    const bool ran_on = v.stride_height == 1 && v.stride_width == 1;
-    return (p.lines ? p.weight.segment * 2 > GROUP : v.channels % GROUP == 0) && (ran_on || (p.lines && v.out_width % 16 == 0) || (p.lines && v.out_width > 24));
+    if (is_apart(p)) return v.dilation_height == 1;
+    const bool whole_tiles = v.out_width % 16 == 0 || v.out_width > 24;
+    return (p.lines || v.channels % GROUP == 0) && ((v.stride_height == 1 && v.stride_width == 1) || (p.lines && whole_tiles));
   }
 
-  explicit PaddedImage(const Product& product) : p(product) {
+  static bool is_apart(const Product& p) { return p.lines && p.weight.segment * 2 <= GROUP; }
+
+  explicit PaddedImage(const Product& product) : p(product), apart(is_apart(product)) {
     const Window& v = p.window;
     const int64_t down = (v.kernel_height - 1) * v.dilation_height, right = (v.kernel_width - 1) * v.dilation_width;
-    run_on = v.stride_height == 1 && v.stride_width == 1;
     top = std::min<int64_t>(0, down) - v.padding_height;
     left = std::min<int64_t>(0, right) - v.padding_width;
     extra_lines = std::abs(down);
+    if (apart) {
+      side = GROUP / room_of(p.weight.segment);
+      every = 1;
+      while (every < side && v.stride_height % (2 * every) == 0) every *= 2;
+      width = v.out_width;
+      step = depth = GROUP;
+      line = v.stride_height / every * width * step;
+      run_on = v.stride_height == every;
+      for (int64_t i = 0; i < v.kernel_height; i += side) offsets.push_back(i / every * width * step);
+      return;
+    }
+    side = every = 1;
+    run_on = v.stride_height == 1 && v.stride_width == 1;
     width = (v.out_width - 1) * v.stride_width + 1 + std::abs(right);
     step = v.stride_width * v.channels;
-    depth = p.lines ? room_of(v.kernel_width * v.channels) : v.channels;
+    line = v.stride_height * width * v.channels;
+    depth = p.lines ? room_of(p.weight.segment) : v.channels;
     for (int64_t i = 0; i < v.kernel_height; ++i)
       for (int64_t j = 0; j < (p.lines ? 1 : v.kernel_width); ++j)
         offsets.push_back(((i * v.dilation_height - v.padding_height - top) * width + j * v.dilation_width -
                            v.padding_width - left) * v.channels);
   }
 
-  int64_t lines_of(int64_t count) const { return (count - 1) * p.window.stride_height + 1 + extra_lines; }
+  // Bytes of the copy for `count` lines of the result. A tile reads 16 rows and whole groups of products, whatever lies there.
+  int64_t size(int64_t count) const {
+    const int64_t of_line = apart ? width * step : width * p.window.channels;
+    return lines_of(count) * of_line + 16 * step + depth + 64;
+  }
+
+  // Lines of the copy that `count` lines of the result meet.
+  int64_t lines_of(int64_t count) const {
+    const int64_t steps = (count - 1) * p.window.stride_height;
+    return apart ? (steps + (p.window.kernel_height - 1) / side * side) / every + 1 : steps + 1 + extra_lines;
+  }
 
   // Lines [first, first + count) of the result.
   void lines(int64_t sample, int64_t first, int64_t count) const {
     static thread_local Scratch copied_scratch, summed;
     const Window& v = p.window;
-    // A tile reads 16 rows and whole groups of products, whatever lies there.
-    const int64_t slack = 16 * step + depth;
-    uint8_t* image = copied_scratch.of<uint8_t>(lines_of(count) * width * v.channels + slack);
-    copy(sample, first * v.stride_height, lines_of(count), image);
+    uint8_t* image = copied_scratch.of<uint8_t>(size(count));
+    if (apart)
+      set_apart(sample, first * v.stride_height, lines_of(count), image);
+    else
+      copy(sample, first * v.stride_height, lines_of(count), image);
     const int32_t* row_sums = p.weight.zero_points ? window_sums(image, count, summed) : nullptr;
     const int64_t of_line = (v.out_width + 15) / 16;
     const int64_t all = run_on ? ((count - 1) * width + v.out_width + 15) / 16 : count * of_line;
@@ -334,12 +364,38 @@ struct PaddedImage {
           }
         } else {
           const int64_t y = (tile + i) / of_line, x = (tile + i) % of_line * 16;
-          at[i] = image + (y * v.stride_height * width) * v.channels + x * step;
+          at[i] = image + y * line + x * step;
           runs[many++] = {i * 16, y, x, std::min<int64_t>(16, v.out_width - x)};
         }
       }
       multiply_and_finish(sample, first, here, at, many, runs, row_sums);
     }
+  }
+
+  // `count` lines of the copy: in each, `side` lines of the image from first + top on, a kernel row of each for each pixel.
+  void set_apart(int64_t sample, int64_t first, int64_t count, uint8_t* out) const {
+    const Window& v = p.window;
+    const int16_t zero_point = p.zero_point_of(sample * p.pixels);
+    const uint8_t* image = static_cast<const uint8_t*>(p.operands.x) + sample * v.height * v.width * v.channels;
+    const int64_t room = GROUP / side, segment = p.weight.segment;
+    for (int64_t i = 0; i < count; ++i, out += width * step)
+      for (int64_t s = 0; s < side; ++s) {
+        const int64_t y = first + top + i * every + s;
+        uint8_t* at = out + s * room;
+        for (int64_t x = 0; x < width; ++x, at += step) {
+          const int64_t from = x * v.stride_width + left;
+          if (y < 0 || y >= v.height)
+            std::memset(at, zero_point, room);
+          else if (from >= 0 && from + v.kernel_width <= v.width)
+            copied(image + (y * v.width + from) * v.channels, segment, zero_point, at);
+          else
+            for (int64_t j = 0; j < segment; ++j) {
+              const int64_t column = from + j / v.channels;
+              const bool inside = column >= 0 && column < v.width;
+              at[j] = inside ? image[(y * v.width + from) * v.channels + j] : uint8_t(zero_point);
+            }
+        }
+      }
   }
 
   struct Run {  // of rows of a panel: output pixels side by side
@@ -393,9 +449,13 @@ struct PaddedImage {
     int32_t* sums = scratch.of<int32_t>(count * v.out_width);
     for (int64_t y = 0; y < count; ++y)
       for (int64_t x = 0; x < v.out_width; ++x) {
+        const uint8_t* at = image + y * line + x * step;
         int32_t sum = 0;
-        const uint8_t* at = image + y * v.stride_height * width * v.channels + x * step;
-        for (const int64_t offset : offsets) sum += sum_of(at + offset, p.lines ? v.kernel_width * v.channels : v.channels);
+        if (apart)
+          for (int64_t i = 0; i < v.kernel_height; ++i)
+            sum += sum_of(at + offsets[i / side] + i % side * (GROUP / side), p.weight.segment);
+        else
+          for (const int64_t offset : offsets) sum += sum_of(at + offset, p.lines ? p.weight.segment : v.channels);
         sums[y * v.out_width + x] = sum;
       }
     return sums;
@@ -406,7 +466,7 @@ void padded_layer(const Product& p, int threads) {
   const PaddedImage image(p);
   const int64_t lines = p.window.out_height, samples = p.operands.samples;
   // A band of lines whose copy stays in the second-level cache; few samples: at least one for each thread.
-  const int64_t in_cache = std::max<int64_t>(1, (1 << 19) / (image.width * p.window.channels * p.window.stride_height));
+  const int64_t in_cache = std::max<int64_t>(1, (1 << 18) / image.line);
   const int64_t least = samples >= threads ? 1 : threads;
   const int64_t bands = std::min(lines, std::max(least, (lines + in_cache - 1) / in_cache));
 #pragma omp parallel num_threads(threads) if (threads > 1)
