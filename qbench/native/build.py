@@ -20,6 +20,7 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fPIC",
+    "-fvisibility=hidden",
     "-fopenmp",
     "-Wall",
 )

@@ -58,7 +58,8 @@ inline void read_back(const int8_t* w, int64_t count, const float* scales, const
 
 int64_t weight_only(const Weight& weight, const float* scales, const Finish& finish, const Window& window,
                     const Operands& operands) {
-  const Product p(weight, finish, window, Rows{nullptr, nullptr, INT64_MAX}, operands);
+  const Rows none{nullptr, nullptr, INT64_MAX};
+  const Product p(weight, finish, window, none, operands);  // keeps references
   const int64_t macs = p.total * weight.groups * weight.outputs * weight.depth, all = weight.groups * p.tiles * TILE;
   const int threads = threads_for(macs, WORTH_A_THREAD);
   const int64_t panels = (p.total + PANEL - 1) / PANEL;
