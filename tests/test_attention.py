@@ -27,6 +27,7 @@ READ = (Q(0.03125, 120, 0, 255), Q(0.02, 131, 0, 255), Q(0.01, 90, 0, 255))
 Y = Q(0.006, 100, 3, 250)
 FACTOR = 1 / math.sqrt(5)
 HIDDEN = -math.inf
+EMPTY = "heads", "queries", "keys", "depth", "width"
 
 
 def codes(*shape: int, seed: int) -> np.ndarray:
@@ -89,6 +90,18 @@ def test_dynamic_attention_bit_for_bit(kind: str, scheme: str) -> None:
         parts = (x[sample, head] for x in (q, k, v))
         want = oracle_transformer.dynamic_attention(*parts, scheme, **given, factor=FACTOR)
         assert np.array_equal(found[sample, head], want)
+
+
+@pytest.mark.parametrize("rows", ["per_row", "per_tensor"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("empty", EMPTY)
+def test_dynamic_attention_over_nothing(empty: str, causal: bool, rows: str) -> None:
+    """On the reference, and on native, which must not read the scales of rows that are not there."""
+    heads, queries, keys, depth, width = (0 if name == empty else 3 for name in EMPTY)
+    q, k, v = (np.ones(shape) for shape in ((heads, queries, depth), (heads, keys, depth), (heads, keys, width)))
+    found = run_op("dynamic_attention", q, k, v, factor=1.0, causal=causal, rows=rows, scheme="affine")
+    assert found.shape == (heads, queries, width)
+    assert empty == "depth" or not found.any()
 
 
 def test_dynamic_attention_per_tensor_shares_one_scale() -> None:
