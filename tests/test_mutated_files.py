@@ -33,8 +33,8 @@ MODELS = {
     "linear": (lambda: seeded(lambda: nn.Sequential(nn.Linear(9, 20), nn.ReLU(), nn.Linear(20, 3))), (normal(2, 9),)),
 }
 METHODS = ["ptsq", "ptdq", "woq"]
-EACH = 60  # mutations of each model and method
-MANY = 1500
+EACH = 40  # mutations of each model and method
+MANY = 400
 
 
 def survived(name: str, first: int, count: int, folder: Path) -> None:
@@ -46,7 +46,7 @@ def survived(name: str, first: int, count: int, folder: Path) -> None:
         quantize_network(network, qbench.Recipe(method=method, **BLOCKS), [inputs]).save(path)
         script = Path(__file__).with_name("mutated_files.py")
         command = [sys.executable, "-W", "ignore", str(script), str(path), str(first), str(count)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=count, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 + count, check=False)
         lines = done.stdout.splitlines()
         assert done.returncode == 0, f"{name}, {method}: mutation {lines[-1:]} ended the process: {done.stderr[-2000:]}"
         found = [line.split()[1] for line in lines]

@@ -364,7 +364,7 @@ HOSTILE: dict[str, tuple[Callable[[Content, dict[str, Tensor]], None], str]] = {
     "builtin": (call("operator.attrgetter", "x"), "unknown operation"),
     "attribute of torch": (call("aten.__class__.mro"), "unknown operation"),
     "another namespace": (call("prims.convert_element_type.default", {"node": 0}), "unknown operation"),
-    "another device": (call("aten._to_copy.default", {"node": 0}, device="meta"), "device='meta', a program runs on the"),
+    "another device": (call("aten._to_copy.default", {"node": 0}, device="meta"), "device='meta', a program runs on"),
     "another layout": (call("aten._to_copy.default", {"node": 0}, layout=1), "layout=1, a program runs on the CPU"),
     "a device in its place": (call("aten.to.device", {"node": 0}, "meta", {"dtype": "uint8"}), "device='meta'"),
     "no such overload": (call("aten.relu.nothing", {"node": 0}), "unknown operation"),
