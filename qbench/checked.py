@@ -32,6 +32,11 @@ def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tenso
         raise ValueError(f"{target}: unknown arguments")
     if missing := [a.name for a in arguments if a.name not in given and not a.has_default_value()]:
         raise ValueError(f"{target}: {missing[0]} is missing")
+    for name in ("device", "layout"):  # engine and reference read memory of the CPU, element after element
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{target}: {name}={given[name]!r}, a program runs on the CPU, in the layout of its tensors"
+            )
     if is_int8_op(target):
         full = {a.name: given.get(a.name, a.default_value) for a in arguments}
         for argument in arguments:

@@ -81,7 +81,10 @@ def dynamic_codes(x: Tensor, over: tuple[int, ...], scheme: Scheme) -> tuple[Ten
 
     Raises ValueError for values that are not finite.
     """
-    lo, hi = x.amin(over, keepdim=True).double(), x.amax(over, keepdim=True).double()
+    if x.numel():
+        lo, hi = x.amin(over, keepdim=True).double(), x.amax(over, keepdim=True).double()
+    else:
+        lo = hi = x.sum(over, keepdim=True).double()  # the range of nothing is 0
     if not bool((lo.isfinite() & hi.isfinite()).all()):
         raise ValueError("dynamic quantization met a value that is not finite (NaN or infinity)")
     scale, zero_point = scheme.choose(lo.clamp(max=0), hi.clamp(min=0), UINT8_MIDDLE)

@@ -36,7 +36,10 @@ class Macs:
 
 
 def check_inputs(specs: list[dict[str, Any]], leaves: list[Any]) -> None:
-    """Raise ValueError when the tensors are not what a network takes; `specs` gives shape (None = any) and dtype."""
+    """Raise ValueError when the tensors are not what a network takes; `specs` gives shape (None = any) and dtype.
+
+    They lie on the CPU and are dense: the engine reads their memory.
+    """
     if len(leaves) != len(specs):
         raise ValueError(f"the network takes {len(specs)} input tensors, {len(leaves)} were given")
     for index, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
@@ -46,6 +49,9 @@ def check_inputs(specs: list[dict[str, Any]], leaves: list[Any]) -> None:
             raise ValueError(f"input {index} has the shape {have}, the network takes [{sizes}]")
         if str(leaf.dtype)[6:] != spec["dtype"]:
             raise ValueError(f"input {index} is {str(leaf.dtype)[6:]}, the network takes {spec['dtype']}")
+        if leaf.device.type != "cpu" or leaf.layout != torch.strided:
+            where = f"{leaf.device.type}, {str(leaf.layout)[6:]}"
+            raise ValueError(f"input {index} is a tensor of another kind ({where}); give a dense one on the CPU")
 
 
 @dataclass

@@ -84,8 +84,8 @@ def every_operation(seed: int = 0) -> nn.Module:
         return EveryOperation().eval().requires_grad_(False)
 
 
-def run_op(name: str, *activations: Any, macs: Macs | None = None, **arguments: Any) -> np.ndarray:
-    """Execute one int8 operation on the reference, as a program of this one call; native gives the same, where built.
+def op_program(name: str, *activations: Any, **arguments: Any) -> tuple[Program, list[Tensor]]:
+    """A program of one int8 operation, and its inputs.
 
     Activations and tensors may be numpy arrays; integer activations are passed as uint8, float ones as float32.
     """
@@ -101,7 +101,12 @@ def run_op(name: str, *activations: Any, macs: Macs | None = None, **arguments: 
             arguments[key] = graph.get_attr(key)
     graph.output([graph.call_function(operation, tuple(inputs), arguments)])
     specs = [{"shape": [None] * v.dim(), "dtype": str(v.dtype)[6:]} for v in values]
-    program = Program(graph, tensors, specs, 0)
+    return Program(graph, tensors, specs, 0), values
+
+
+def run_op(name: str, *activations: Any, macs: Macs | None = None, **arguments: Any) -> np.ndarray:
+    """Execute one int8 operation on the reference (see op_program); native gives the same, where built."""
+    program, values = op_program(name, *activations, **arguments)
     result = program.lower(reference(), macs or Macs())(*values)
     if sources.built():
         other = program.lower(native(), Macs())(*values)

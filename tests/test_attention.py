@@ -12,12 +12,14 @@ import oracle_transformer
 import pytest
 import torch
 from oracle import Q
-from programs import Apply, grid, read_by, result_of, run_op, sqnr_db
+from programs import Apply, grid, op_program, read_by, result_of, run_op, sqnr_db
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qbench
+from qbench.backends import native
 from qbench.capture import capture
+from qbench.native import sources
 from qbench.program import Macs
 from qbench.quantization import quantize_network
 
@@ -89,6 +91,26 @@ def test_dynamic_attention_bit_for_bit(kind: str, scheme: str) -> None:
         parts = (x[sample, head] for x in (q, k, v))
         want = oracle_transformer.dynamic_attention(*parts, scheme, **given, factor=FACTOR)
         assert np.array_equal(found[sample, head], want)
+
+
+@pytest.mark.parametrize("rows", ["per_row", "per_tensor"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("empty", ["heads", "queries", "keys", "depth", "width"])
+def test_dynamic_attention_over_nothing(empty: str, causal: bool, rows: str) -> None:
+    """Native must not read the scales of rows that are not there; no keys give 0 on it, the reference refuses them."""
+    sizes = {name: 0 if name == empty else 3 for name in ("heads", "queries", "keys", "depth", "width")}
+    parts = (("heads", "queries", "depth"), ("heads", "keys", "depth"), ("heads", "keys", "width"))
+    activations = [np.ones([sizes[name] for name in names]) for names in parts]
+    options = {"factor": 1.0, "causal": causal, "rows": rows, "scheme": "affine"}
+    if empty != "keys":
+        found = run_op("dynamic_attention", *activations, **options)
+    elif sources.built():
+        program, values = op_program("dynamic_attention", *activations, **options)
+        found = program.lower(native(), Macs())(*values).numpy()
+    else:
+        pytest.skip("the native backend is not built here")
+    assert found.shape == (sizes["heads"], sizes["queries"], sizes["width"])
+    assert empty == "depth" or not found.any()
 
 
 def test_dynamic_attention_per_tensor_shares_one_scale() -> None:

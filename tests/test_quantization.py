@@ -238,6 +238,14 @@ def test_inputs_that_do_not_fit_are_one_line(network, calibration, method):
         ((), "the network takes 1 input tensors, 0 were given"),
         ((torch.zeros(2, 3, 9, 10),), r"input 0 has the shape \[2, 3, 9, 10\], the network takes \[any, 3, 10, 10\]"),
         ((torch.zeros(2, *SHAPE).double(),), "input 0 is float64, the network takes float32"),
+        (
+            (torch.zeros(2, *SHAPE, device="meta"),),
+            r"input 0 is a tensor of another kind \(meta, strided\); give a dense one on the CPU",
+        ),
+        (
+            (torch.zeros(2, *SHAPE).to_sparse(),),
+            r"input 0 is a tensor of another kind \(cpu, sparse_coo\); give a dense one on the CPU",
+        ),
     ):
         with pytest.raises(ValueError, match=f"^{message}$"):
             model(*inputs)

@@ -75,7 +75,7 @@ def dynamic_attention(c: Constants, macs: Macs) -> Kernel:
 
     def quantized(x: Tensor, sharing: int) -> tuple[Quantized, tuple[Tensor, ...]]:
         heads = x.shape[:-2].numel()
-        count = {EACH_ROW: heads * x.shape[-2], EACH_HEAD: heads, ALL: 1}[sharing] if x.numel() else 0
+        count = {EACH_ROW: heads * x.shape[-2], EACH_HEAD: heads, ALL: 1}[sharing]  # of empty rows too: they are read
         held = rows_as_codes(floats(x), count, scheme)
         return Quantized(*(tensor.data_ptr() for tensor in held), sharing), held
 

@@ -20,6 +20,7 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fPIC",
+    "-fvisibility=hidden",
     "-fopenmp",
     "-Wall",
     "-Wno-maybe-uninitialized",  # of g++ 12 about its own intrinsics

@@ -104,6 +104,8 @@ struct Operands {
 
 }  // namespace qb
 
+// What the library exports: these functions and nothing else (all else is compiled with -fvisibility=hidden).
+#pragma GCC visibility push(default)
 extern "C" {
 
 // The sha256 of the sources that the library was built from (the loader looks for it in the file), and the instruction
@@ -184,3 +186,4 @@ void qb_channel_affine(const uint8_t* x, int64_t pixels, int64_t channels, int32
 // The largest code in each window; padding never wins.
 void qb_max_pool(const uint8_t* x, const qb::Window*, int64_t samples, uint8_t* y);
 }
+#pragma GCC visibility pop

@@ -1,0 +1,324 @@
+"""Records the engine's calls for engine_replay.cpp: inputs, and results as the reference has them.
+
+A network runs on the reference; each of its operations runs on the native backend too, whose calls of the engine are
+written down with all that their pointers lead to. The format of the file is stated in engine_replay.cpp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from programs import every_operation, op_program
+from test_native import Attention, Encoder, Started, normal, seeded
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+import qbench.backends.native_kernels  # noqa: F401  (with it all modules that call the engine)
+from qbench.backends import native, reference
+from qbench.capture import capture
+from qbench.native.library import SIGNATURES, library
+from qbench.program import Macs, Program
+from qbench.quantization import quantize_network
+from qbench.recipe import Recipe
+
+FLOAT_TOLERANCE = 1e-5  # of the largest value: results of dynamic and weight-only operations
+INTEGER, REAL, POINTER, STRUCTURE = range(4)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def number(value: int) -> bytes:
+    return struct.pack("<q", value)
+
+
+def raw(value: bytes) -> bytes:
+    return number(len(value)) + value
+
+
+def many(items: list[bytes]) -> bytes:
+    return number(len(items)) + b"".join(items)
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+class Case:
+    """The calls of one operation."""
+
+    def __init__(self, name: str, tensors: dict[int, Tensor], packings: dict[int, tuple[bytes, list[int]]]) -> None:
+        self.name, self.tensors, self.packings = name, tensors, packings
+        self.indices: dict[int, int] = {}  # of the buffers, by address
+        self.buffers: list[bytes] = []
+        self.calls: list[bytes] = []
+        self.results: list[bytes] = []
+
+    def buffer(self, address: int | None) -> int:
+        """The index of the buffer at an address; its content is noted when it is first met."""
+        if not address:
+            return -1
+        if address not in self.indices:
+            tensor = self.tensors[address]
+            content, sizes = self.packings.get(address) or (memory(address, tensor), [])
+            self.indices[address] = len(self.buffers)
+            self.buffers.append(number(tensor.element_size()) + raw(content) + many([number(size) for size in sizes]))
+        return self.indices[address]
+
+    def argument(self, value: Any, kind: Any) -> bytes:
+        if kind is ctypes.c_void_p:
+            return number(POINTER) + number(self.buffer(value))
+        if is_structure(kind):
+            held = value._obj
+            places = [number(offset) + number(self.buffer(address)) for offset, address in pointers(held)]
+            return number(STRUCTURE) + raw(bytes(held)) + many(places)
+        if kind in (ctypes.c_float, ctypes.c_double):
+            return number(REAL) + struct.pack("<d", value)
+        return number(INTEGER) + number(int(value))
+
+    def result(self, got: Tensor, want: Tensor, tolerance: float) -> None:
+        """`got` is a view of a buffer, which must then hold the values of `want`."""
+        address = got.untyped_storage().data_ptr()
+        assert address in self.indices, f"{self.name}: a result lies in no buffer of the engine's"
+        whole = torch.frombuffer(bytearray(memory(address, self.tensors[address])), dtype=got.dtype)
+        whole.as_strided(got.size(), got.stride(), got.storage_offset()).copy_(want)
+        is_float = got.dtype == torch.float32
+        end = number(is_float) + struct.pack("<d", tolerance)
+        self.results.append(number(self.indices[address]) + raw(whole.numpy().tobytes()) + end)
+
+    def written(self) -> bytes:
+        return raw(self.name.encode()) + many(self.buffers) + many(self.calls) + many(self.results)
+
+
+def memory(address: int, tensor: Tensor) -> bytes:
+    return ctypes.string_at(address, tensor.numel() * tensor.element_size())
+
+
+def is_structure(kind: Any) -> bool:
+    return issubclass(kind, ctypes._Pointer)
+
+
+def pointers(held: ctypes.Structure, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Offset and address of each pointer in a structure, and in those inside it, that is not null."""
+    for name, kind, *_ in held._fields_:
+        value, offset = getattr(held, name), start + getattr(type(held), name).offset
+        if issubclass(kind, ctypes.Structure):
+            yield from pointers(value, offset)
+        elif kind is ctypes.c_void_p and value:
+            yield offset, value
+
+
+class Recorder:
+    """A backend that executes on the reference and notes what native does with the same inputs.
+
+    Use it within `with recorder.listening():`, from lowering a program to running it.
+    """
+
+    name: ClassVar[str] = "recorder"
+    label: ClassVar[str] = "recorder"
+    latency_is_result: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.cases: list[Case] = []
+        self.network = ""
+        self._tensors: dict[int, Tensor] = {}  # all that the engine may be given, by address, kept alive
+        self._packings: dict[int, tuple[bytes, list[int]]] = {}  # packed weights: the plain one and its sizes
+        self._case: Case | None = None
+
+    def environment(self) -> dict[str, Any]:
+        return {}
+
+    def kernel(self, node: fx.Node, constants: dict[str, Any], macs: Macs) -> Callable[..., Any]:
+        counts = Macs(), Macs()
+        want, got = (b.kernel(node, constants, count) for b, count in zip((reference(), native()), counts, strict=True))
+        loose = any(word in str(node.target) for word in ("dynamic", "weight_only"))
+        return self._both(node.name, want, got, FLOAT_TOLERANCE if loose else 0.0, counts)
+
+    def call(self, target: Any) -> Callable[..., Any]:
+        want, got = reference().call(target), native().call(target)
+        name = target._schema.name.split("::")[1] if got is not want else ""
+        return self._both(name, want, got, 0.0, (Macs(), Macs())) if got is not want else want
+
+    def _both(self, name: str, want: Any, got: Any, tolerance: float, counts: tuple[Macs, Macs]) -> Callable[..., Any]:
+        def both(*arguments: Any, **options: Any) -> Any:
+            expected = want(*arguments, **options)
+            case = self._case = Case(f"{self.network}: {name}", self._tensors, self._packings)
+            found = got(*arguments, **options)
+            self._case = None
+            assert counts[0] == counts[1]
+            leaves = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True))
+            for one, other in leaves if case.calls else []:
+                case.result(one, other, tolerance * float(other.abs().max()) if tolerance and other.numel() else 0.0)
+            self.cases += [case] if case.calls else []
+            return expected
+
+        both.__name__, both.__module__ = name, __name__
+        return both
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note tensors whose address is asked for, and the calls that follow. Results begin as 255 and NaN."""
+        address_of = torch.Tensor.data_ptr
+
+        def data_ptr(tensor: Tensor) -> int:
+            self._tensors[address_of(tensor)] = tensor
+            return address_of(tensor)
+
+        modules = [m for name, m in sys.modules.items() if name.startswith("qbench.backends.native")]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "data_ptr", data_ptr)
+            for module in modules:
+                if hasattr(module, "library"):
+                    patch.setattr(module, "library", lambda: self)
+            torch.use_deterministic_algorithms(True)  # torch.empty fills what it returns
+            try:
+                yield
+            finally:
+                torch.use_deterministic_algorithms(False)
+
+    def __getattr__(self, function: str) -> Callable[..., Any]:
+        """A function of the engine that notes its calls."""
+        if function not in SIGNATURES:
+            raise AttributeError(function)
+        _, kinds = SIGNATURES[function]
+
+        def call(*values: Any) -> Any:
+            if function == "qb_pack":
+                source, *sizes, target = values
+                self._packings[target] = memory(source, self._tensors[source]), sizes
+            case = self._case
+            arguments = [case.argument(*pair) for pair in zip(values, kinds, strict=True)] if case else []
+            returned = getattr(library(), function)(*values)
+            if case:
+                case.calls.append(raw(function.encode()) + many(arguments) + number(returned or 0))
+            return returned
+
+        return call
+
+
+# --- what is recorded ------------------------------------------------------------------------------------------------
+
+STATIC, DYNAMIC, WEIGHT_ONLY = Recipe(method="ptsq"), Recipe(method="ptdq"), Recipe(method="woq")
+BLOCKS = {"granularity": "per_group", "scheme": "affine", "group_size": 5}
+RECIPES = [
+    STATIC,
+    Recipe(method="ptsq", activation_scheme="symmetric", output="int8", **BLOCKS),
+    DYNAMIC,
+    Recipe(method="ptdq", activation_granularity="per_tensor", activation_scheme="symmetric", **BLOCKS),
+    WEIGHT_ONLY,
+    Recipe(method="woq", **BLOCKS),
+]
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.lines = nn.ConvTranspose2d(6, 34, (3, 2), 2, 1, groups=2), nn.ConvTranspose1d(34, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.lines(torch.relu(self.images(x)).flatten(2))
+        return result
+
+
+class Wide(nn.Module):
+    """Enough work in each layer for a second thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 40, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(40, 40, 3, 2, 1, groups=40),
+            nn.ReLU(),
+            nn.ConvTranspose2d(40, 33, 2, 2),
+            nn.MaxPool2d(2),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(33 * 25, 70),
+            nn.Hardswish(),
+            nn.Linear(70, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x)
+        return result
+
+
+def networks() -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
+    yield "every operation", every_operation(), (normal(2, 3, 16, 16),)
+    yield "encoder", seeded(Encoder), (torch.arange(26).reshape(2, 13) % 11,)
+    yield "lstm", seeded(lambda: nn.LSTM(5, 18, bidirectional=True)), (normal(35, 3, 5),)
+    yield "lstm that starts", seeded(Started), (normal(3, 6, 5), normal(3, 7, seed=1), normal(3, 7, seed=2))
+    for mask in ("each", "shared", "causal"):
+        hidden = torch.where(normal(2, 9, 11, seed=3) > 0.5, -1e4, 0.0)
+        yield f"attention {mask}", seeded(lambda m=mask: Attention(m)), (normal(2, 9, 12), normal(2, 11, 12), hidden)
+    yield "transposed", seeded(Transposed), (normal(2, 6, 5, 4),)
+    yield "wide", seeded(Wide), (normal(2, 3, 20, 20),)
+
+
+def layers(count: int) -> Iterator[tuple[str, Program, list[Tensor]]]:
+    """Static convolutions, linear layers and transposed convolutions of random shapes and extreme constants."""
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        kind = ("conv", "linear", "conv_transpose")[seed % 3]
+        groups = int(rng.choice([1, 1, 2, 17])) if kind != "linear" else 1
+        inputs, outputs = (int(size) for size in rng.integers(1, 35 if groups < 3 else 3, 2))
+        kernel, stride, dilation = ([int(v) for v in rng.integers(1, limit, 2)] for limit in (5, 4, 3))
+        padding = [int(rng.integers(0, k)) for k in kernel]
+        block = int(rng.integers(1, inputs + 1)) if seed % 4 == 3 else inputs
+        blocks, scales = -(-inputs // block), int(rng.choice([1, groups * outputs]))
+        arguments: dict[str, Any] = {
+            "weight": rng.integers(-128, 128, (groups * outputs, inputs, *(kernel if kind != "linear" else []))).astype(
+                np.int8
+            ),
+            "weight_scale": (2.0 ** -rng.integers(4, 12, (scales, blocks))).astype(np.float32),
+            "weight_zero_point": rng.integers(-128, 128, (scales, blocks)).astype(np.int8) if seed % 2 else None,
+            "block": block,
+            "bias": rng.integers(-(10**6), 10**6, groups * outputs).astype(np.int32 if blocks == 1 else np.float32),
+            "x_scale": 0.02,
+            "x_zero_point": int(rng.choice([0, 128, 255])),
+            "scale": [0.5, None, 0.001][seed % 5 % 3],
+            "zero_point": int(rng.integers(0, 256)),
+            "q_min": 0,
+            "q_max": 255,
+        }
+        size = [int(v) for v in rng.integers(9, 13, 2)]
+        x = rng.choice([0, 1, 254, 255], (2, groups * inputs, *size))
+        if kind == "linear":
+            x = rng.choice([0, 255, 77], (int(rng.integers(1, 60)), inputs))
+        else:
+            arguments |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        if kind == "conv_transpose":
+            arguments["output_padding"] = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
+        yield f"{kind} {seed}", *op_program(kind, x, **arguments)
+
+
+def record(path: Path) -> int:
+    """Write the file of cases; returns how many there are. Raises AssertionError where native counts otherwise."""
+    recorder = Recorder()
+    for name, model, inputs in networks():
+        network = capture(model, inputs)
+        for recipe in RECIPES:
+            recorder.network = f"{name}, {recipe.method.name} {recipe.granularity.name}"
+            _record(recorder, quantize_network(network, recipe, [inputs]).program, inputs)
+    for recorder.network, program, inputs in layers(60):
+        _record(recorder, program, tuple(inputs))
+    odd = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -0.0, 1e-45, 0.5, 1.5] * 5)
+    recorder.network = "odd values"
+    _record(recorder, op_program("quantize", odd, scale=1.0, zero_point=3, q_min=1, q_max=200)[0], (odd,))
+    path.write_bytes(many([case.written() for case in recorder.cases]))
+    return len(recorder.cases)
+
+
+def _record(recorder: Recorder, program: Program, inputs: tuple[Tensor, ...]) -> None:
+    with recorder.listening():
+        program.lower(recorder, Macs())(*inputs)
