@@ -94,7 +94,7 @@ class Program:
 
     def lower(self, backend: Backend, macs: Macs) -> Callable[..., Any]:
         """A function of the input tensors (nested as the model's own) that runs the program on a backend."""
-        lowered = lower_graph(self, backend, macs)
+        lowered = backend.runner(lower_graph(self, backend, macs), macs)
 
         @torch.inference_mode()
         def run(*inputs: Any) -> Any:

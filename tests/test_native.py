@@ -417,13 +417,13 @@ def test_the_portable_path_gives_the_same_bytes() -> None:
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "sha256", lambda: "0" * 64)
-    for cached in (library.library, sources.built):
+    for cached in (library.loaded_library, sources.built):
         cached.cache_clear()
     try:
         with pytest.raises(library.NativeUnavailable, match="not built here; install a C"):
             library.library()
     finally:
         monkeypatch.undo()
-        for cached in (library.library, sources.built):
+        for cached in (library.loaded_library, sources.built):
             cached.cache_clear()
         library.library()

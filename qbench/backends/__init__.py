@@ -34,6 +34,10 @@ class Backend(Protocol):
         """What runs a call of aten in the program, one that moves codes or computes in float: most often itself."""
         ...
 
+    def runner(self, lowered: Callable[..., Any], macs: Macs) -> Callable[..., Any]:
+        """A function of the input tensors that runs a lowered program: most often itself."""
+        ...
+
     def environment(self) -> dict[str, Any]:
         """What it adds to the environment of a record."""
         ...
@@ -60,6 +64,12 @@ class native:
         found: Callable[..., Any] = CALLS[target](target) if target in CALLS else target
         return found
 
+    def runner(self, lowered: Callable[..., Any], macs: Macs) -> Callable[..., Any]:
+        """See Backend: the program as one list of engine calls, where it is one."""
+        from qbench.backends.native_plan import Planned
+
+        return Planned(lowered, macs)
+
     def environment(self) -> dict[str, Any]:
         """The instruction set whose kernels run."""
         from qbench.native.library import isa
@@ -85,6 +95,10 @@ class reference:
         """See Backend."""
         found: Callable[..., Any] = target
         return found
+
+    def runner(self, lowered: Callable[..., Any], macs: Macs) -> Callable[..., Any]:
+        """See Backend."""
+        return lowered
 
     def environment(self) -> dict[str, Any]:
         """Nothing: it is the same everywhere."""

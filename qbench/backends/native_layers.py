@@ -161,15 +161,16 @@ def codes(x: Tensor) -> Tensor:
 class _Rows:
     """A linear layer: x [..., inputs] to [..., outputs]."""
 
-    multiply: Callable[..., int]
-
     def __init__(self, c: Constants) -> None:
         weight = c["weight"]
         self.outputs, self.inputs = weight.shape
         self.groups = 1
         self.weight = packed(weight, c["weight_zero_point"], 1, c["block"])
         self.window = Window(1, 1, self.inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, c["block"])
-        self.multiply = library().qb_layer
+
+    def multiply(self, *arguments: Any) -> int:
+        """The engine's products; returns how many."""
+        return int(library().qb_layer(*arguments))
 
     def inward(self, x: Tensor) -> Tensor:
         if not x.dim() or x.shape[-1] != self.inputs:
@@ -200,7 +201,7 @@ class _Images:
     """A convolution: x [N, C, H, W] or [N, C, L]."""
 
     weight: Held
-    multiply: Callable[..., int]
+    depthwise = False
 
     def __init__(self, c: Constants) -> None:
         weight = c["weight"]
@@ -218,14 +219,17 @@ class _Images:
         """Pack the weight [outputs, inputs of a group, kh, kw]."""
         if self.groups > 1 and self.outputs == self.inputs == self.groups:  # one input channel for each output channel
             self.groups = 1  # its constants lie channel by channel
-            self.weight, self.multiply = packed_depthwise(weight, c["weight_zero_point"]), library().qb_depthwise
+            self.weight, self.depthwise = packed_depthwise(weight, c["weight_zero_point"]), True
         else:
             products = by_blocks(weight, self.block)
             taps_of_block = self.block * math.prod(self.kernel)
             lines = self.groups == 1 and self.block >= self.inputs and self.dilation[1] == 1
             segment = self.kernel[1] * self.inputs if lines else None
             self.weight = packed(products, c["weight_zero_point"], self.groups, taps_of_block, segment)
-            self.multiply = library().qb_layer
+
+    def multiply(self, *arguments: Any) -> int:
+        """The engine's products; returns how many."""
+        return int(library().qb_depthwise(*arguments) if self.depthwise else library().qb_layer(*arguments))
 
     def inward(self, x: Tensor) -> Tensor:
         """[N, H, W, C]."""
@@ -283,9 +287,10 @@ class _Transposed(_Images):
             for phase in self.phases
         ]
         self.weight = Held((Weight * len(self.held))(*(held.structure for held in self.held))[0])
-        self.multiply = lambda *arguments: int(
-            library().qb_transposed(*arguments, len(self.phases), math.prod(self.kernel))
-        )
+
+    def multiply(self, *arguments: Any) -> int:
+        """The engine's products; returns how many."""
+        return int(library().qb_transposed(*arguments, len(self.phases), math.prod(self.kernel)))
 
     def taps(self, phase: tuple[int, ...]) -> list[range]:
         """The taps that reach the pixels of a phase, along each axis."""

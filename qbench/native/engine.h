@@ -93,6 +93,9 @@ struct Quantized {  // codes with the scales of their rows
   int32_t sharing;
 };
 
+// What the result of a call in a list means: nothing, products, or not 0 where it failed. Products below 0 are a failure.
+enum Counting : int64_t { NOTHING, INT8_PRODUCTS, FLOAT32_PRODUCTS, FAILURE };
+
 // What changes from call to call.
 struct Operands {
   const void* x;            // uint8, or float32 under a weight-only layer
@@ -183,7 +186,21 @@ void qb_average(const uint8_t* x, const qb::Averaging*, int64_t samples, int32_t
 // R((q - x_zero) * gamma + beta): x [pixels][channels].
 void qb_channel_affine(const uint8_t* x, int64_t pixels, int64_t channels, int32_t x_zero, const float* gamma,
                        const float* beta, int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y);
+// Rows of a table: y[i] = table[indices[i]], each `bytes` long. Returns 0, or -1 where an index is not one of `rows`.
+int32_t qb_rows(const void* table, int64_t rows, int64_t bytes, const int64_t* indices, int64_t count, void* y);
+// Copies elements of `bytes` from one strided tensor to another; strides in elements.
+void qb_copy(const void* x, const int64_t* x_strides, void* y, const int64_t* y_strides, const int64_t* sizes,
+             int64_t dimensions, int64_t bytes);
+// Fills `count` bytes of memory.
+void qb_fill(void* y, int64_t count, int32_t byte);
 // The largest code in each window; padding never wins.
 void qb_max_pool(const uint8_t* x, const qb::Window*, int64_t samples, uint8_t* y);
+
+// Runs calls of the functions above that were written down, one after another: for each its caller, what its result
+// counts as (qb::Counting), how many words of 8 bytes its arguments take, and these. Adds products to macs[0] (int8) and
+// macs[1] (float32). Returns 0, or 1 + the index of a call that failed, after which none is run.
+int64_t qb_run(const uint64_t* calls, int64_t count, int64_t* macs);
+// The caller of a function for qb_run, by its name; null: there is none.
+const void* qb_caller(const char* name);
 }
 #pragma GCC visibility pop

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import threading
+from collections.abc import Iterator
 from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -146,13 +149,36 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qb_table": (None, [c_void_p, c_int64, c_void_p, c_void_p]),
     "qb_average": (None, [c_void_p, POINTER(Averaging), c_int64, *_CODES]),
     "qb_channel_affine": (None, [c_void_p, c_int64, c_int64, c_int32, c_void_p, c_void_p, *_CODES]),
+    "qb_rows": (c_int32, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
+    "qb_copy": (None, [*[c_void_p] * 5, c_int64, c_int64]),
+    "qb_fill": (None, [c_void_p, c_int64, c_int32]),
     "qb_max_pool": (None, [c_void_p, POINTER(Window), c_int64, c_void_p]),
+    "qb_run": (c_int64, [c_void_p, c_int64, c_void_p]),
+    "qb_caller": (c_void_p, [ctypes.c_char_p]),
 }
 
 
+_written_down = threading.local()  # .calls: what library() returns instead, on a thread that writes calls down
+
+
+def library() -> Any:
+    """The functions of the engine. Raises NativeUnavailable, with the cure, where it is not there for these sources."""
+    return getattr(_written_down, "calls", None) or loaded_library()
+
+
+@contextlib.contextmanager
+def written_down(calls: Any) -> Iterator[None]:
+    """Within, `library()` of this thread is `calls`, which notes what it is asked for."""
+    _written_down.calls = calls
+    try:
+        yield
+    finally:
+        _written_down.calls = None
+
+
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library. Raises NativeUnavailable, with the cure, where there is none for these sources."""
+def loaded_library() -> ctypes.CDLL:
+    """The library itself; see `library`."""
     if not sources.built():
         raise NativeUnavailable(f"{sources.WHY_NOT}; {sources.CURE}")
     _share_threads()
@@ -167,7 +193,7 @@ def library() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set whose kernels run: `avx2` or `portable`."""
+    """The path whose kernels run: `amx`, `avx512_vnni`, `avx_vnni`, `avx2` or `portable`."""
     name: str = library().qb_isa().decode()
     return name
 

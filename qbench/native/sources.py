@@ -8,7 +8,15 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "libqbench.so"
-COMPILED = ("dispatch.cpp", "isa_portable.cpp", "isa_avx2.cpp", "isa_avx_vnni.cpp", "isa_avx512_vnni.cpp", "isa_amx.cpp")
+COMPILED = (
+    "dispatch.cpp",
+    "replay.cpp",
+    "isa_portable.cpp",
+    "isa_avx2.cpp",
+    "isa_avx_vnni.cpp",
+    "isa_avx512_vnni.cpp",
+    "isa_amx.cpp",
+)
 
 
 def files() -> list[Path]:
