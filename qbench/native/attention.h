@@ -9,40 +9,94 @@ struct PackedRows {
   int32_t* totals;
   int64_t depth;
 
-  // `columns` outputs of `count` products; output j, product k lies at x[j * of_output + k * of_product].
-  void pack(const uint8_t* x, int64_t columns, int64_t count, int64_t of_output, int64_t of_product) {
-    depth = rounded_up(count, GROUP);
-    std::memset(values, 0, rounded_up(columns, TILE) * depth);
-    std::memset(totals, 0, rounded_up(columns, TILE) * sizeof(int32_t));
-    for (int64_t j = 0; j < columns; ++j) {
-      const uint8_t* at = x + j * of_output;
+  // Keys: `columns` outputs, the products of each side by side.
+  void pack_rows(const uint8_t* x, int64_t columns, int64_t count) {
+    begin(columns, count);
+    for (int64_t j = 0; j < columns; ++j, x += count) {
       int8_t* to = values + j / TILE * depth * TILE + j % TILE * PACKED;
-      for (int64_t k = 0; k < count; ++k, at += of_product) {
-        const int8_t value = int8_t(int32_t(*at) - 128);
-        to[k / PACKED * PACKED * TILE + k % PACKED] = value;
-        totals[j] += value;
+      int64_t k = 0;
+      for (; k + PACKED <= count; k += PACKED, to += PACKED * TILE)
+        for (int64_t i = 0; i < PACKED; ++i) to[i] = int8_t(x[k + i] ^ 0x80);
+      for (int64_t i = 0; k + i < count; ++i) to[i] = int8_t(x[k + i] ^ 0x80);
+    }
+    add_up(columns);
+  }
+
+  // Values: `count` products of `columns` outputs side by side.
+  void pack_columns(const uint8_t* x, int64_t columns, int64_t count) {
+    begin(columns, count);
+    for (int64_t k = 0; k < count; k += PACKED) {
+      const int64_t there = std::min(PACKED, count - k);
+      for (int64_t j = 0; j < columns; j += TILE) {
+        const int64_t width = std::min<int64_t>(TILE, columns - j);
+        int8_t* to = values + j / TILE * depth * TILE + k * TILE;
+#if defined(QB_AVX512)
+        if (there == PACKED) {
+          const uint8_t* at = x + k * columns + j;
+          const __mmask16 mask = __mmask16((1u << width) - 1);
+          const __m128i a = _mm_maskz_loadu_epi8(mask, at), b = _mm_maskz_loadu_epi8(mask, at + columns);
+          const __m128i c = _mm_maskz_loadu_epi8(mask, at + 2 * columns), d = _mm_maskz_loadu_epi8(mask, at + 3 * columns);
+          const __m128i ab = _mm_unpacklo_epi8(a, b), AB = _mm_unpackhi_epi8(a, b);
+          const __m128i cd = _mm_unpacklo_epi8(c, d), CD = _mm_unpackhi_epi8(c, d);
+          const __m128i flip = _mm_set1_epi8(char(0x80));
+          __m128i* lines = reinterpret_cast<__m128i*>(to);
+          _mm_storeu_si128(lines, _mm_xor_si128(flip, _mm_unpacklo_epi16(ab, cd)));
+          _mm_storeu_si128(lines + 1, _mm_xor_si128(flip, _mm_unpackhi_epi16(ab, cd)));
+          _mm_storeu_si128(lines + 2, _mm_xor_si128(flip, _mm_unpacklo_epi16(AB, CD)));
+          _mm_storeu_si128(lines + 3, _mm_xor_si128(flip, _mm_unpackhi_epi16(AB, CD)));
+          continue;
+        }
+#endif
+        for (int64_t i = 0; i < there; ++i)
+          for (int64_t c = 0; c < width; ++c) to[c * PACKED + i] = int8_t(x[(k + i) * columns + j + c] ^ 0x80);
       }
     }
+    add_up(columns);
   }
+
+  void begin(int64_t columns, int64_t count) {
+    depth = rounded_up(count, GROUP);
+    std::memset(values, 0, rounded_up(columns, TILE) * depth);
+  }
+
+  void add_up(int64_t columns) {
+    for (int64_t tile = 0; tile < (columns + TILE - 1) / TILE; ++tile) {
+      const int8_t* at = values + tile * depth * TILE;
+      int32_t* total = totals + tile * TILE;
+#if defined(QB_AVX512)
+      __m512i sums = _mm512_setzero_si512();
+      for (int64_t k = 0; k < depth; k += PACKED) add_products(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(at + k * TILE));
+      _mm512_storeu_si512(total, sums);
+#else
+      std::memset(total, 0, TILE * sizeof(int32_t));
+      for (int64_t k = 0; k < depth; k += PACKED, at += PACKED * TILE)
+        for (int j = 0; j < TILE; ++j)
+          for (int64_t i = 0; i < PACKED; ++i) total[j] += at[j * PACKED + i];
+#endif
+    }
+  }
+
   const int8_t* tile(int64_t index) const { return values + index * depth * TILE; }
 };
 
-// Scores of one query to e = exp(score - max), 0 where hidden; returns their sum.
-inline float weigh(float* scores, int64_t keys) {
-  float lanes[LANES];
-  for (int j = 0; j < LANES; ++j) lanes[j] = -INFINITY;
-  int64_t i = 0;
-  for (; i + LANES <= keys; i += LANES)
-    for (int j = 0; j < LANES; ++j) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
-  for (; i < keys; ++i) lanes[0] = scores[i] > lanes[0] ? scores[i] : lanes[0];
-  float largest = lanes[0];
-  for (int j = 1; j < LANES; ++j) largest = std::max(largest, lanes[j]);
+inline Floats& lanes_at(float* x) { return *reinterpret_cast<Floats*>(x); }
+inline const Floats& lanes_at(const float* x) { return *reinterpret_cast<const Floats*>(x); }
+inline const Ints& lanes_at(const int32_t* x) { return *reinterpret_cast<const Ints*>(x); }
+
+// Scores of one query, filled up with -infinity to whole tiles, to e = exp(score - max), 0 where hidden; returns their sum.
+inline float weigh(float* scores, int64_t stride) {
+  Floats most = lanes_at(scores);
+  for (int64_t k = TILE; k < stride; k += TILE) most = lanes_at(scores + k) > most ? lanes_at(scores + k) : most;
+  float largest = most[0];
+  for (int j = 1; j < TILE; ++j) largest = std::max(largest, most[j]);
   const float shift = largest > -INFINITY ? largest : 0.0f;
-  for (int64_t k = 0; k < keys; ++k) {
-    const float e = exponential(scores[k] - shift);
-    scores[k] = scores[k] == -INFINITY ? 0.0f : e;
+  Floats sum = {};
+  for (int64_t k = 0; k < stride; k += TILE) {
+    const Floats score = lanes_at(scores + k), e = score == -INFINITY ? Floats{} : exponential(score - shift);
+    lanes_at(scores + k) = e;
+    sum += e;
   }
-  return lane_sum(scores, keys);
+  return folded(sum);
 }
 
 constexpr int64_t AT_ONCE = 16;  // queries
@@ -73,7 +127,7 @@ struct Heads {  // scratch of a thread for one head of a sample
   }
 
   // The exact sums of `count` centred rows of codes with zero points `zeros` and `columns` packed outputs, and the sum of
-  // each row: use(row, column, how many, sums, row sum).
+  // each row: use(row, first column, TILE sums, row sum).
   template <class Use>
   void product(const PackedRows& packed, int64_t count, const int32_t* zeros, int64_t columns, int64_t depth,
                const Use& use) const {
@@ -84,67 +138,82 @@ struct Heads {  // scratch of a thread for one head of a sample
       alignas(64) int32_t sums[AT_ONCE * WIDE * TILE];
       const int wide = int(std::min<int64_t>(WIDE, (columns - first + TILE - 1) / TILE));
       multiply(count, wide, rows, packed.depth, packed.tile(first / TILE), packed.depth * TILE, packed.depth, sums);
-      const int64_t width = std::min<int64_t>(wide * TILE, columns - first);
-      for (int r = 0; r < count; ++r) {
-        int32_t* of_row = sums + r * wide * TILE;
-        if (!CENTRED)
-          for (int64_t j = 0; j < width; ++j)
-            of_row[j] = int32_t(uint32_t(of_row[j]) - uint32_t(zeros[r]) * uint32_t(packed.totals[first + j]));
-        use(r, first, width, of_row, row_sums[r]);
-      }
+      for (int r = 0; r < count; ++r)
+        for (int n = 0; n < wide; ++n) {
+          Wrapping sum = Wrapping(lanes_at(sums + (r * wide + n) * TILE));
+          if (!CENTRED) sum -= Wrapping(lanes_at(packed.totals + first + n * TILE)) * uint32_t(zeros[r]);
+          use(r, first + n * TILE, Ints(sum), row_sums[r]);
+        }
     }
   }
 };
 
 // (q - 128) sums to centred ones: sum - (zero - 128) * row sum. The difference is exact, steps of it may wrap.
-inline int32_t centred_sum(int32_t sum, int32_t zero, int32_t row_sum) {
-  return int32_t(uint32_t(sum) - uint32_t(zero - 128) * uint32_t(row_sum));
+inline Ints centred_sums(Ints sums, Ints zeros, int32_t row_sum) {
+  return Ints(Wrapping(sums) - Wrapping(zeros - 128) * uint32_t(row_sum));
 }
 
-inline void masked(const Attention& a, int64_t head, int64_t query, float* scores) {
+// `count` of TILE values.
+template <class Out, class Vector>
+inline void put(const Vector& v, int64_t count, Out* y) {
+  if (count >= TILE)
+    std::memcpy(y, &v, sizeof v);
+  else
+    std::memcpy(y, &v, count * sizeof(Out));
+}
+
+// TILE of `count` values, the rest as many zeros.
+template <class Vector, class In>
+inline Vector taken(const In* x, int64_t count) {
+  Vector v = {};
+  std::memcpy(&v, x, std::min<int64_t>(count, TILE) * sizeof(In));
+  return v;
+}
+
+// Adds the mask, and hides what is after the query and behind the last key.
+inline void masked(const Attention& a, int64_t head, int64_t query, int64_t stride, float* scores) {
   if (a.mask) {
     const float* mask = a.mask + (a.mask_shared ? 0 : head * a.queries * a.keys) + query * a.keys;
     for (int64_t k = 0; k < a.keys; ++k) scores[k] += mask[k];
   }
-  if (a.causal)
-    for (int64_t k = query + 1; k < a.keys; ++k) scores[k] = -INFINITY;
+  const int64_t seen = a.causal ? std::min(a.keys, query + 1) : a.keys;
+  for (int64_t k = seen; k < stride; ++k) scores[k] = -INFINITY;
 }
 
 int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const uint8_t* v, uint8_t* y) {
-  const Codes codes(a.zero_point, a.q_min, a.q_max);
+  const float low = float(a.q_min - a.zero_point), high = float(a.q_max - a.zero_point);
   int32_t q_zeros[AT_ONCE], p_zeros[AT_ONCE] = {};
   std::fill(q_zeros, q_zeros + AT_ONCE, a.q_zero_point);
   const int threads = threads_for(a.heads * a.queries * a.keys * (a.depth + a.width), WORTH_A_THREAD);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t head = 0; head < a.heads; ++head) {
     Heads h(a);
-    h.keys.pack(k + head * a.keys * a.depth, a.keys, a.depth, a.depth, 1);
-    h.values.pack(v + head * a.keys * a.width, a.width, a.keys, 1, a.width);
+    h.keys.pack_rows(k + head * a.keys * a.depth, a.keys, a.depth);
+    h.values.pack_columns(v + head * a.keys * a.width, a.width, a.keys);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);
       for (int64_t r = 0; r < count; ++r)
         h.row(q + (head * a.queries + first + r) * a.depth, a.depth, a.q_zero_point, h.rows + r * h.keys.depth);
-      h.product(h.keys, count, q_zeros, a.keys, a.depth,
-                [&](int r, int64_t column, int64_t width, const int32_t* sums, int32_t row_sum) {
-                  float* scores = h.scores + r * h.stride + column;
-                  for (int64_t j = 0; j < width; ++j)
-                    scores[j] = float(centred_sum(sums[j], a.k_zero_point, row_sum)) * a.m_scores;
-                });
+      h.product(h.keys, count, q_zeros, a.keys, a.depth, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
+        lanes_at(h.scores + r * h.stride + column) = to_floats(centred_sums(sums, Ints{} + a.k_zero_point, row_sum)) * a.m_scores;
+      });
       for (int64_t r = 0; r < count; ++r) {
         float* scores = h.scores + r * h.stride;
-        masked(a, head, first + r, scores);
-        const float part = 255.0f / weigh(scores, a.keys);
+        masked(a, head, first + r, h.stride, scores);
+        const float part = 255.0f / weigh(scores, h.stride);
         Code* p = h.rows + r * h.values.depth;
-        for (int64_t j = 0; j < a.keys; ++j) p[j] = Code(rounded(scores[j] * part, 0.0f, 255.0f));
-        std::memset(p + a.keys, 0, (h.values.depth - a.keys) * sizeof(Code));
+        typedef Code Row __attribute__((vector_size(TILE * sizeof(Code)), aligned(1), may_alias));
+        for (int64_t j = 0; j < h.stride; j += TILE) {
+          const Row codes = __builtin_convertvector(rounded_lanes(lanes_at(scores + j) * part, 0.0f, 255.0f), Row);
+          put(codes, h.values.depth - j, p + j);
+        }
+        if (h.values.depth > h.stride) std::memset(p + h.stride, 0, (h.values.depth - h.stride) * sizeof(Code));
       }
-      h.product(h.values, count, p_zeros, a.width, a.keys,
-                [&](int r, int64_t column, int64_t width, const int32_t* sums, int32_t row_sum) {
-                  uint8_t* out = y + (head * a.queries + first + r) * a.width + column;
-                  encode(codes, 0, width, out, [sums, zero = a.v_zero_point, row_sum, m = a.m](int64_t j) {
-                    return float(centred_sum(sums[j], zero, row_sum)) * m;
-                  });
-                });
+      h.product(h.values, count, p_zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
+        const Floats value = to_floats(centred_sums(sums, Ints{} + a.v_zero_point, row_sum)) * a.m;
+        const Ints codes = rounded_lanes(value, low, high) + a.zero_point;
+        put(__builtin_convertvector(codes, Bytes), a.width - column, y + (head * a.queries + first + r) * a.width + column);
+      });
     }
   }
   return a.heads * a.queries * a.keys * (a.depth + a.width);
@@ -161,7 +230,7 @@ int64_t probabilities(const Attention& a, const Quantized& q, const Quantized& k
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t head = 0; head < a.heads; ++head) {
     Heads h(a);
-    h.keys.pack(k.codes + head * a.keys * a.depth, a.keys, a.depth, a.depth, 1);
+    h.keys.pack_rows(k.codes + head * a.keys * a.depth, a.keys, a.depth);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);
       int32_t zeros[AT_ONCE];
@@ -169,23 +238,25 @@ int64_t probabilities(const Attention& a, const Quantized& q, const Quantized& k
         zeros[r] = q.zero_points[scale_of(head, first + r, a.queries, q.sharing)];
         h.row(q.codes + (head * a.queries + first + r) * a.depth, a.depth, zeros[r], h.rows + r * h.keys.depth);
       }
-      h.product(h.keys, count, zeros, a.keys, a.depth,
-                [&](int r, int64_t column, int64_t width, const int32_t* sums, int32_t row_sum) {
-                  const float q_scale = q.scales[scale_of(head, first + r, a.queries, q.sharing)];
-                  float* out = y + (head * a.queries + first + r) * a.keys + column;
-                  for (int64_t j = 0; j < width; ++j) {
-                    const int64_t own = scale_of(head, column + j, a.keys, k.sharing);
-                    out[j] = float(centred_sum(sums[j], k.zero_points[own], row_sum)) *
-                             (q_scale * k.scales[own] * a.m_scores);
-                  }
-                });
+      h.product(h.keys, count, zeros, a.keys, a.depth, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
+        const float q_scale = q.scales[scale_of(head, first + r, a.queries, q.sharing)];
+        const int64_t own = scale_of(head, column, a.keys, k.sharing), left = a.keys - column;
+        const bool each = k.sharing == EACH_ROW;
+        const Floats k_scales = each ? taken<Floats>(k.scales + own, left) : Floats{} + k.scales[own];
+        const Ints k_zeros = each ? taken<Ints>(k.zero_points + own, left) : Ints{} + k.zero_points[own];
+        lanes_at(h.scores + r * h.stride + column) =
+            to_floats(centred_sums(sums, k_zeros, row_sum)) * (q_scale * k_scales * a.m_scores);
+      });
       for (int64_t r = 0; r < count; ++r) {
+        float* scores = h.scores + r * h.stride;
+        masked(a, head, first + r, h.stride, scores);
+        const float sum = std::max(weigh(scores, h.stride), 1.0f);
         float* out = y + (head * a.queries + first + r) * a.keys;
-        masked(a, head, first + r, out);
-        const float sum = std::max(weigh(out, a.keys), 1.0f);
-        for (int64_t j = 0; j < a.keys; ++j) out[j] /= sum;
-        if (value_scales)
-          for (int64_t j = 0; j < a.keys; ++j) out[j] *= value_scales[head * a.keys + j];
+        for (int64_t j = 0; j < a.keys; j += TILE) {
+          Floats p = lanes_at(scores + j) / sum;
+          if (value_scales) p *= taken<Floats>(value_scales + head * a.keys + j, a.keys - j);
+          put(p, a.keys - j, out + j);
+        }
       }
     }
   }
@@ -199,27 +270,29 @@ int64_t weighted_values(const Attention& a, const Quantized& p, const Quantized&
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t head = 0; head < a.heads; ++head) {
     Heads h(a);
-    h.values.pack(v.codes + head * a.keys * a.width, a.width, a.keys, 1, a.width);
+    h.values.pack_columns(v.codes + head * a.keys * a.width, a.width, a.keys);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);
-      int32_t zeros[AT_ONCE], corrections[AT_ONCE];  // sum of p (zero point - 128) over the values
+      int32_t zeros[AT_ONCE];
+      uint32_t corrections[AT_ONCE];  // sum of p (zero point - 128) over the values
       for (int64_t r = 0; r < count; ++r) {
         const uint8_t* codes = p.codes + (head * a.queries + first + r) * a.keys;
         zeros[r] = p.zero_points[scale_of(head, first + r, a.queries, p.sharing)];
         h.row(codes, a.keys, zeros[r], h.rows + r * h.values.depth);
+        const int32_t* v_zeros = v.zero_points + scale_of(head, 0, a.keys, v.sharing);
         uint32_t correction = 0;
-        for (int64_t j = 0; j < a.keys; ++j)
-          correction += uint32_t((codes[j] - zeros[r]) * (v.zero_points[scale_of(head, j, a.keys, v.sharing)] - 128));
-        corrections[r] = int32_t(correction);
+        if (v.sharing == EACH_ROW)
+          for (int64_t j = 0; j < a.keys; ++j) correction += uint32_t((codes[j] - zeros[r]) * (v_zeros[j] - 128));
+        else
+          for (int64_t j = 0; j < a.keys; ++j) correction += uint32_t(codes[j] - zeros[r]) * uint32_t(v_zeros[0] - 128);
+        corrections[r] = correction;
       }
-      h.product(h.values, count, zeros, a.width, a.keys,
-                [&](int r, int64_t column, int64_t width, const int32_t* sums, int32_t) {
-                  const float m = p.scales[scale_of(head, first + r, a.queries, p.sharing)] *
-                                  (v.scales ? v.scales[scale_of(head, 0, a.keys, v.sharing)] : 1.0f);
-                  float* out = y + (head * a.queries + first + r) * a.width + column;
-                  for (int64_t j = 0; j < width; ++j)
-                    out[j] = float(int32_t(uint32_t(sums[j]) - uint32_t(corrections[r]))) * m;
-                });
+      h.product(h.values, count, zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t) {
+        const float m = p.scales[scale_of(head, first + r, a.queries, p.sharing)] *
+                        (v.scales ? v.scales[scale_of(head, 0, a.keys, v.sharing)] : 1.0f);
+        const Floats value = to_floats(Ints(Wrapping(sums) - corrections[r])) * m;
+        put(value, a.width - column, y + (head * a.queries + first + r) * a.width + column);
+      });
     }
   }
   return a.heads * a.queries * a.keys * a.width;
