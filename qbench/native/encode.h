@@ -43,9 +43,11 @@ inline Ints rounded_lanes(Floats v, float low, float high) {
 // TILE values from x on; of the last `count` < TILE, the others are 0.
 template <class Vector, class In>
 inline Vector taken(const In* x, int64_t count) {
-  if (count >= TILE) return *reinterpret_cast<const Vector*>(x);
-  Vector v = {};
-  std::memcpy(&v, x, count * sizeof(In));
+  Vector v = {};  // copied: a template forgets that a vector may lie anywhere
+  if (count >= TILE)
+    std::memcpy(&v, x, sizeof v);
+  else
+    std::memcpy(&v, x, count * sizeof(In));
   return v;
 }
 
@@ -53,7 +55,7 @@ inline Vector taken(const In* x, int64_t count) {
 template <class Out, class Vector>
 inline void put(const Vector& v, int64_t count, Out* y) {
   if (count >= TILE)
-    *reinterpret_cast<Vector*>(y) = v;
+    std::memcpy(y, &v, sizeof v);
   else
     std::memcpy(y, &v, count * sizeof(Out));
 }
