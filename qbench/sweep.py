@@ -38,6 +38,8 @@ def run_sweep(composer: Composer) -> int:
     """Run each cell that a command line asks for and that is not finished, and show them all. Returns the exit code."""
     cells = plan(composer)
     options = options_of(cells)
+    for notice in composer.notices:
+        print(f"qbench: {notice}", file=sys.stderr)
     with results.claim(options.results):
         if options.dry_run:
             return list_cells(identify(cells, remembered_tasks(cells, options.results)), options)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from qbench.native import sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,6 +16,17 @@ if TYPE_CHECKING:
     from qbench.program import Macs
 
 __all__ = ["native", "reference"]
+
+PREFERRED, FALLBACK = "native", "reference"
+WITHOUT_ENGINE = f"{sources.WHY_NOT} ({sources.CURE}); backend: {FALLBACK}, whose latency is no result"
+
+
+def default() -> str:
+    """The backend that runs where none is named: native; with a RuntimeWarning reference, where that is not built."""
+    if sources.built():
+        return PREFERRED
+    warnings.warn(WITHOUT_ENGINE, RuntimeWarning, stacklevel=1)  # of this line, so that Python shows it once
+    return FALLBACK
 
 
 class Backend(Protocol):
