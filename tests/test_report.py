@@ -175,9 +175,7 @@ def test_failed_and_skipped_cells_stand_with_their_sentence():
 def test_the_widest_table_fits_its_width():
     speed = {"speedup_b16": 1.234, "sqnr_db": 40.0, "int8_mac_fraction": 1.0}
     cells = [
-        timed(
-            1.2, drop=0.01 * n, size=1e6 * n, observer="moving_average", activation_scheme="symmetric", metrics=speed
-        )
+        timed(1.2, drop=0.01 * n, size=1e6 * n, observer="moving_average", activation_scheme="symmetric", metrics=speed)
         for n in range(1, 4)
     ]
     for width in (120, 100):

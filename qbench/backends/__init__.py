@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -21,11 +22,15 @@ PREFERRED, FALLBACK = "native", "reference"
 WITHOUT_ENGINE = f"{sources.WHY_NOT} ({sources.CURE}); backend: {FALLBACK}, whose latency is no result"
 
 
+@functools.cache
 def default() -> str:
-    """The backend that runs where none is named: native; with a RuntimeWarning reference, where that is not built."""
+    """The backend that runs where none is named: native, or reference where that is not built.
+
+    The first time a process falls back, a RuntimeWarning says so.
+    """
     if sources.built():
         return PREFERRED
-    warnings.warn(WITHOUT_ENGINE, RuntimeWarning, stacklevel=1)  # of this line, so that Python shows it once
+    warnings.warn(WITHOUT_ENGINE, RuntimeWarning, stacklevel=2)
     return FALLBACK
 
 
