@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from test_report import by_reference, record
-from user_project import make
+from user_project import make, needs_engine
 
 from qbench import cli, textbook, timing_lock, workers
 from qbench.recipe import Recipe
@@ -131,6 +131,8 @@ def test_int8_is_faster_where_the_interval_of_the_speedup_is_above_one():
         ("resnet18", "qat", "16", "1.15 (1.05 to 1.25)"),
     ]
     assert words(rows) == [FAILS, FAILS, HOLDS, OPEN, HOLDS, HOLDS]
+    (row, _) = speed.computing(asked(with_speed(cell("ptsq"), 2.0, notes=["disturbed"])))
+    assert row.texts[3] == "2.00 (1.90 to 2.10), disturbed"
 
 
 def test_who_is_suited_by_speed_depends_on_the_family():
@@ -281,6 +283,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run_here
 
 
+@needs_engine
 def test_a_finished_sweep_writes_its_page_again_without_running(run):
     code, said, _ = run("+sweep=claims")
     assert code == 0
@@ -294,6 +297,7 @@ def test_a_finished_sweep_writes_its_page_again_without_running(run):
     assert page.read_text() == first
 
 
+@needs_engine
 def test_the_lines_of_a_sweep_are_joined_and_the_command_line_wins(run):
     _, said, _ = run("+sweep=claims", "dry_run=true")
     assert said.splitlines()[:2] == ["to do  tiny[fp32]", "to do  tiny[ptsq-per_channel-symmetric output=int8]"]

@@ -24,9 +24,8 @@ def computing(asked: Question) -> list[Row]:
         for cell in present(asked.cells.cell(task, method) for method in COMPUTE_IN_INT8):
             for suffix in _suffixes(cell):
                 times = _speedup(cell, suffix)
-                text = _no_speedup(cell) if times is None else interval(times, ".2f")
                 more = None if times is None else times - Difference(1.0, 1.0, 1.0)
-                rows.append(Row((task, cell.method, _batch(suffix), text), better(more, None), (cell,)))
+                rows.append(Row((task, cell.method, _batch(suffix), _text(cell, times)), better(more, None), (cell,)))
     return rows
 
 
@@ -36,10 +35,7 @@ def suited_speed(asked: Question) -> list[Row]:
     for task, cell, other in advised(asked.cells):
         for suffix in _suffixes(cell):
             times = [_speedup(one, suffix) for one in (cell, other)]
-            texts = [
-                _no_speedup(one) if value is None else interval(value, ".2f")
-                for one, value in zip((cell, other), times, strict=True)
-            ]
+            texts = [_text(one, value) for one, value in zip((cell, other), times, strict=True)]
             more = None if times[0] is None or times[1] is None else times[0] - times[1]
             gain = "" if more is None else interval(more, "+.2f")
             named = (task, cell.family, cell.method, _batch(suffix))
@@ -64,8 +60,10 @@ def _speedup(cell: Record, suffix: str) -> Difference | None:
     return Difference(*(cell.metrics[name] for name in names))
 
 
-def _no_speedup(cell: Record) -> str:
-    """Why there is no speed-up to judge by."""
+def _text(cell: Record, times: Difference | None) -> str:
+    """The speed-up with its interval, or why there is none to judge by."""
+    if times is not None:
+        return interval(times, ".2f") + (", disturbed" if "disturbed" in cell.notes else "")
     if not compare.latency_counts(cell):
         return f"no result with backend {cell.backend}"
     return "timed in one process only" if "one_process" in cell.notes else "not measured"
