@@ -57,12 +57,12 @@ const Kernels& chosen() {
   return portable;
 }
 
-const Kernels& kernels() {
+}  // namespace
+
+const qb::Kernels& qb::kernels() {
   static const Kernels& table = chosen();
   return table;
 }
-
-}  // namespace
 
 extern "C" {
 

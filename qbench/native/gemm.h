@@ -493,7 +493,7 @@ int64_t layer(const Weight& weight, const Finish& finish, const Window& window, 
     return macs;
   }
 #endif
-  const int64_t panels = (p.total + PANEL - 1) / PANEL;
+  const int64_t panels = std::max<int64_t>(p.total > 0, p.total / PANEL);  // of PANEL rows or somewhat more
   // Few rows: each thread takes some of the outputs of every panel.
   const int64_t bands = (p.tiles + WIDE - 1) / WIDE, parts = panels >= threads ? 1 : std::min<int64_t>(threads, bands);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -502,7 +502,7 @@ int64_t layer(const Weight& weight, const Finish& finish, const Window& window, 
 #pragma omp for schedule(static) collapse(2)
     for (int64_t index = 0; index < panels; ++index)
       for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = index * PANEL, count = std::min<int64_t>(PANEL, p.total - first);
+        const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
         panel(p, first, count, part * bands / parts * WIDE, std::min((part + 1) * bands / parts * WIDE, p.tiles));
       }
   }

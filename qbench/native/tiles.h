@@ -29,7 +29,13 @@ constexpr int WIDE = 1;
 #endif
 #endif
 constexpr bool CENTRED = sizeof(Code) == 2;
-constexpr int64_t CHUNK = 512;  // products a pass: the tiles of the weight stay in the first-level cache
+constexpr int64_t CHUNK = 1024;  // products a pass, at most: the tiles of the weight stay near
+constexpr int64_t AHEAD = 2048;  // bytes of a weight asked for before it is their turn: they may come from afar
+
+inline int64_t chunk_of(int64_t depth) {
+  const int64_t chunks = (depth + CHUNK - 1) / CHUNK;
+  return chunks < 2 ? depth : rounded_up((depth + chunks - 1) / chunks, GROUP);
+}
 
 #if !defined(QB_AVX2)
 template <int R, int C>
@@ -92,6 +98,13 @@ inline void add_products(Sums& sums, Sums codes, Sums weights) {
   asm(QB_VPDPBUSD : "+v"(sums) : "v"(codes), "v"(weights));
 }
 
+// Four codes from x + k on in all lanes. By hand, as a compiler would move a pointer for each row along, not one index.
+inline Sums four_everywhere(const Code* x, int64_t k) {
+  Sums v;
+  asm("vpbroadcastd (%1,%2), %0" : "=v"(v) : "r"(x), "r"(k), "m"(*reinterpret_cast<const int32_t*>(x)));
+  return v;
+}
+
 template <int R, int C>
 void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride, int64_t depth, bool add,
                    int32_t* sums) {
@@ -105,6 +118,9 @@ void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t tile_
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n)
         c[u][r][n] = add && u == 0 ? load(sums + r * C * TILE + n * LANES_OF_SUMS) : zeros();
+  const Code* at[R];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) at[r] = a + r * stride;
   const auto step = [&](int64_t k, Sums(&to)[R][N]) __attribute__((always_inline)) {
     Sums b[N];
 #pragma GCC unroll 4
@@ -112,9 +128,7 @@ void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t tile_
       b[n] = load(w + n / REGISTERS * tile_stride + k * TILE + n % REGISTERS * int(sizeof(Sums)));
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      int32_t four;
-      std::memcpy(&four, a + r * stride + k, 4);
-      const Sums x = everywhere(four);
+      const Sums x = four_everywhere(at[r], k);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) add_products(to[r][n], x, b[n]);
     }
@@ -158,7 +172,6 @@ struct Pieces {  // of a row: from these offsets on, `depth` products each
 
 constexpr int64_t WHOLE = 16;  // rows of a tile register
 constexpr int64_t WORTH_TILES = 3;
-constexpr int64_t AHEAD = 2;  // tiles of the weight
 
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -190,7 +203,7 @@ void multiply_tiles(const Code* const* a, int64_t stride, const Pieces& pieces, 
   for (int64_t p = 0; p < pieces.count; ++p) {
     const int64_t first = pieces.offsets[p];
     for (int64_t k = first; k < first + pieces.depth; k += 64, w += 64 * TILE) {
-      for (int i = 0; i < 16; ++i) __builtin_prefetch(w + AHEAD * 64 * TILE + i * 64);  // it may come from afar
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(w + AHEAD + i * 64);
       _tile_loadd(6, w, 64);
 #define QB_MULTIPLY(r, input) { _tile_loadd(input, a[r] + k, stride); _tile_dpbusd(r, input, 6); }
       QB_EACH(QB_MULTIPLY)
@@ -228,9 +241,10 @@ inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, cons
                      int64_t depth, int32_t* sums) {
 #if defined(QB_AMX)
   if (rows >= WORTH_TILES) {
+    const int64_t chunk = chunk_of(depth);
     for (int64_t r = 0; r < rows; r += 64)
-      for (int64_t first = 0; first < depth; first += CHUNK) {
-        const Pieces piece{&first, 1, std::min(CHUNK, depth - first)};
+      for (int64_t first = 0; first < depth; first += chunk) {
+        const Pieces piece{&first, 1, std::min(chunk, depth - first)};
         const Code* const at[TILES] = {a + r * stride, a + (r + 16) * stride, a + (r + 32) * stride, a + (r + 48) * stride};
         multiply_pieces((std::min<int64_t>(64, rows - r) + 15) / 16, wide, at, stride, piece, w + first * TILE, tile_stride,
                         first > 0, sums + r * wide * TILE);
@@ -238,11 +252,13 @@ inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, cons
     return;
   }
 #endif
-  for (int64_t first = 0; first < depth; first += CHUNK)
-    for (int64_t r = 0; r < rows; r += ROWS)
-      MULTIPLY_ROWS[wide - 1][std::min<int64_t>(ROWS, rows - r) - 1](
-          a + r * stride + first, stride, w + first * TILE, tile_stride, std::min(CHUNK, depth - first), first > 0,
-          sums + r * wide * TILE);
+  const int64_t chunk = chunk_of(depth), turns = (rows + ROWS - 1) / ROWS;
+  for (int64_t first = 0; first < depth; first += chunk)
+    for (int64_t turn = 0; turn < turns; ++turn) {  // of about as many rows each
+      const int64_t r = turn * rows / turns, height = (turn + 1) * rows / turns - r;
+      MULTIPLY_ROWS[wide - 1][height - 1](a + r * stride + first, stride, w + first * TILE, tile_stride,
+                                          std::min(chunk, depth - first), first > 0, sums + r * wide * TILE);
+    }
 }
 
 // `rounds` times as many products as fit into the registers of a tile, nothing read: returns how many, 0 for none.
