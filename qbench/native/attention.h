@@ -82,12 +82,12 @@ struct PackedRows {
 // Scores of one query, filled up with -infinity to whole tiles, to e = exp(score - max), 0 where hidden; returns their sum.
 inline float weigh(float* scores, int64_t stride) {
   Floats most = lanes_at(scores);
-  for (int64_t k = TILE; k < stride; k += TILE) most = lanes_at(scores + k) > most ? lanes_at(scores + k) : most;
+  for (int64_t k = TILE; k < stride; k += TILE) most = higher_of(lanes_at(scores + k), most);
   const float largest = largest_of(most);
   const float shift = largest > -INFINITY ? largest : 0.0f;
   Floats sum = {};
   for (int64_t k = 0; k < stride; k += TILE) {
-    const Floats score = lanes_at(scores + k), e = score == -INFINITY ? Floats{} : exponential_below(score - shift);
+    const Floats score = lanes_at(scores + k), e = where_not(score, -INFINITY, exponential_below(score - shift));
     lanes_at(scores + k) = e;
     sum += e;
   }
@@ -135,9 +135,9 @@ struct Heads {  // scratch of a thread for one head of a sample
       multiply(count, wide, rows, packed.depth, packed.tile(first / TILE), packed.depth * TILE, packed.depth, sums);
       for (int r = 0; r < count; ++r)
         for (int n = 0; n < wide; ++n) {
-          Wrapping sum = Wrapping(lanes_at(sums + (r * wide + n) * TILE));
-          if (!CENTRED) sum -= Wrapping(lanes_at(packed.totals + first + n * TILE)) * uint32_t(zeros[r]);
-          use(r, first + n * TILE, Ints(sum), row_sums[r]);
+          Wrapping sum = wrapping_at(sums + (r * wide + n) * TILE);
+          if (!CENTRED) sum -= wrapping_at(packed.totals + first + n * TILE) * uint32_t(zeros[r]);
+          use(r, first + n * TILE, as_ints(sum), row_sums[r]);
         }
     }
   }
@@ -145,7 +145,7 @@ struct Heads {  // scratch of a thread for one head of a sample
 
 // (q - 128) sums to centred ones: sum - (zero - 128) * row sum. The difference is exact, steps of it may wrap.
 inline Ints centred_sums(Ints sums, Ints zeros, int32_t row_sum) {
-  return Ints(Wrapping(sums) - Wrapping(zeros - 128) * uint32_t(row_sum));
+  return as_ints(as_wrapping(sums) - as_wrapping(zeros - 128) * uint32_t(row_sum));
 }
 
 // Adds the mask, and hides what is after the query and behind the last key.
@@ -180,17 +180,18 @@ int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const 
         masked(a, head, first + r, h.stride, scores);
         const float part = 255.0f / weigh(scores, h.stride);
         Code* p = h.rows + r * h.values.depth;
-        typedef Code Row __attribute__((vector_size(TILE * sizeof(Code)), aligned(1), may_alias));
         for (int64_t j = 0; j < h.stride; j += TILE) {
-          const Row codes = __builtin_convertvector(rounded_lanes(lanes_at(scores + j) * part, 0.0f, 255.0f), Row);
-          put(codes, h.values.depth - j, p + j);
+          const Bytes codes = to_bytes(rounded_lanes(lanes_at(scores + j) * part, 0.0f, 255.0f));
+          Code row[TILE];
+          copied(reinterpret_cast<const uint8_t*>(&codes), TILE, 0, row);
+          put(row, h.values.depth - j, p + j);
         }
         if (h.values.depth > h.stride) std::memset(p + h.stride, 0, (h.values.depth - h.stride) * sizeof(Code));
       }
       h.product(h.values, count, p_zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
         const Floats value = to_floats(centred_sums(sums, Ints{} + a.v_zero_point, row_sum)) * a.m;
         const Ints codes = rounded_lanes(value, low, high) + a.zero_point;
-        put(__builtin_convertvector(codes, Bytes), a.width - column, y + (head * a.queries + first + r) * a.width + column);
+        put(to_bytes(codes), a.width - column, y + (head * a.queries + first + r) * a.width + column);
       });
     }
   }
@@ -268,7 +269,7 @@ int64_t weighted_values(const Attention& a, const Quantized& p, const Quantized&
       h.product(h.values, count, zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t) {
         const float m = p.scales[scale_of(head, first + r, a.queries, p.sharing)] *
                         (v.scales ? v.scales[scale_of(head, 0, a.keys, v.sharing)] : 1.0f);
-        const Floats value = to_floats(Ints(Wrapping(sums) - corrections[r])) * m;
+        const Floats value = to_floats(as_ints(as_wrapping(sums) - corrections[r])) * m;
         put(value, a.width - column, y + (head * a.queries + first + r) * a.width + column);
       });
     }

@@ -39,23 +39,20 @@ int32_t quantize_rows(const float* x, int64_t rows, int64_t count, bool affine, 
     Ints odd_ones = {};
     for (int64_t i = 0; i < count; i += TILE) {
       const Floats v = taken<Floats>(at + i, count - i);
-#if defined(QB_AVX512)
-      low = Floats(_mm512_min_ps(__m512(v), __m512(low))), high = Floats(_mm512_max_ps(__m512(v), __m512(high)));
-#else
-      low = v < low ? v : low, high = v > high ? v : high;
-#endif
-      odd_ones |= (__builtin_bit_cast(Ints, v) & 0x7F800000) == 0x7F800000;
+      low = lower_of(v, low), high = higher_of(v, high);
+      odd_ones |= (as_ints(v) & 0x7F800000) + 0x00800000;  // below 0 where the exponent is the highest
     }
     int32_t exponents = 0;
+    float lowest = 0.0f, highest = 0.0f;
     for (int j = 0; j < TILE; ++j) {
-      low[0] = std::min(low[0], low[j]), high[0] = std::max(high[0], high[j]);
+      lowest = std::min(lowest, low[j]), highest = std::max(highest, high[j]);
       exponents |= odd_ones[j];
     }
-    if (exponents) {
+    if (exponents < 0) {
       odd = 1;
       continue;
     }
-    range_to_scale(low[0], high[0], affine, scales[row], zero_points[row]);
+    range_to_scale(lowest, highest, affine, scales[row], zero_points[row]);
     const Codes codes(zero_points[row], affine ? 0 : 1, 255);
     const float scale = scales[row];
     uint8_t* out = y + row * count;
@@ -166,13 +163,13 @@ void average(const uint8_t* x, const Averaging& a, int64_t samples, Codes codes,
           for (int64_t first = 0; first < width; first += 1 << 20) {  // 255 * 2^20 < 2^31
             Ints part = {};
             for (int64_t k = first; k < std::min<int64_t>(width, first + (1 << 20)); ++k)
-              part += __builtin_convertvector(taken<Bytes>(at + k * a.channels, some), Ints);
+              part += to_ints(taken<Bytes>(at + k * a.channels, some));
             for (int t = 0; t < TILE; ++t) sums[t] += part[t];
           }
         }
-        Floats values;
+        float values[TILE];
         for (int t = 0; t < TILE; ++t) values[t] = float(sums[t]);
-        return Floats(values * m);
+        return lanes_at(values) * m;
       });
     }
   }

@@ -58,10 +58,10 @@ struct Finisher {
 
   // The exact centred sums of a tile; `row_sum` is that of the row of codes where `raw`, else of centred ones.
   Ints exact(int n, const int32_t* sums, int32_t row_sum) const {
-    Wrapping v = *reinterpret_cast<const Wrapping*>(sums + n * TILE) + *reinterpret_cast<const Wrapping*>(shift + n * TILE);
+    Wrapping v = wrapping_at(sums + n * TILE) + wrapping_at(shift + n * TILE);
     if (const int32_t* zeros = zero_points())
-      v -= *reinterpret_cast<const Wrapping*>(zeros + n * TILE) * uint32_t(row_sum);
-    return Ints(v);
+      v -= wrapping_at(zeros + n * TILE) * uint32_t(row_sum);
+    return as_ints(v);
   }
 
   // t [rows][wide * TILE] before the first block.
@@ -83,11 +83,11 @@ struct Finisher {
       prepare(zero_of(row + r));
       const float scale = rows.scales ? rows.scales[rows.of(row + r)] : 0.0f;
       for (int n = 0; n < wide; ++n) {
-        Floats multiplier = *reinterpret_cast<const Floats*>(m + n * TILE);
+        Floats multiplier = lanes_at(m + n * TILE);
         if (rows.scales) multiplier = scale * multiplier;
         const Floats term = to_floats(exact(n, sums, row_sums ? row_sums[r] : 0)) * multiplier;
-        Floats* to = reinterpret_cast<Floats*>(t + n * TILE);
-        *to = first ? term : *to + term;
+        Floats& to = lanes_at(t + n * TILE);
+        to = first ? term : to + term;
       }
     }
   }
@@ -109,15 +109,15 @@ struct Finisher {
   void codes(const float* t, uint8_t* y) const {
     const float low = float(finish.q_min - finish.zero_point), high = float(finish.q_max - finish.zero_point);
     for (int n = 0; n < wide; ++n) {
-      const Ints q = rounded_lanes(*reinterpret_cast<const Floats*>(t + n * TILE), low, high) + finish.zero_point;
-      if (n * TILE < outputs) put(__builtin_convertvector(q, Bytes), outputs - n * TILE, y + n * TILE);
+      const Ints q = rounded_lanes(lanes_at(t + n * TILE), low, high) + finish.zero_point;
+      if (n * TILE < outputs) put(to_bytes(q), outputs - n * TILE, y + n * TILE);
     }
   }
 
   void floats(const float* t, float* y) const {
     for (int n = 0; n < wide; ++n) {
-      Floats v = *reinterpret_cast<const Floats*>(t + n * TILE);
-      if (finish.last) v += *reinterpret_cast<const Floats*>(finish.last + offset + n * TILE);
+      Floats v = lanes_at(t + n * TILE);
+      if (finish.last) v += lanes_at(finish.last + offset + n * TILE);
       v = at_most(at_least(v, finish.low), finish.high);  // NaN stays NaN, as torch's clamp has it
       if (n * TILE < outputs) put(v, outputs - n * TILE, y + n * TILE);
     }

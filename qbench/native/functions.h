@@ -14,13 +14,13 @@ inline Floats exponential_below(Floats x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const Ints power = (__builtin_bit_cast(Ints, shifted) - (ROUNDER_BITS - 127)) << 23;
+  const Ints power = (as_ints(shifted) - (ROUNDER_BITS - 127)) << 23;
   return ((p * (r * r) + r) + 1.0f) * __builtin_bit_cast(Floats, power);
 }
 
 inline Floats exponential(Floats x) { return exponential_below(at_most(x, 88.0f)); }
 
-inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-1.0f * x)); }
 
 inline Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (1.0f + exponential(2.0f * x)); }
 

@@ -13,7 +13,7 @@ void layer_norm(const uint8_t* x, int64_t rows, int64_t count, int32_t x_zero, d
       Ints some = {}, some_squares = {};
       const int64_t end = std::min<int64_t>(count, first + (1 << 14));
       for (int64_t i = first; i < end; i += TILE) {
-        const Ints v = __builtin_convertvector(taken<Bytes>(at + i, end - i), Ints);
+        const Ints v = to_ints(taken<Bytes>(at + i, end - i));
         some += v;
         some_squares += v * v;
       }
