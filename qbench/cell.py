@@ -147,7 +147,7 @@ def _record(cell: Cell, found: Mapping[str, Any], folder: Path, started: datetim
         "recipe": cell.recipe.canonical(),
         "measure": dataclasses.asdict(cell.measure),
         "metric": cell.prepared.metric,
-        "task": _task(cell),
+        "task_arguments": _task(cell),
     }
     threads = {"measure_threads": cell.measure.threads}
     if cell.measure.threads_large is not None:

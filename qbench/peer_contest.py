@@ -100,14 +100,19 @@ def hold(records: Sequence[Record], batch: int, results: Path) -> Contest:
         for name, r in cells.items()
     }
     asked = {"batch": batch, "cells": {name: [r.key, r.started] for name, r in cells.items()}}
-    kept = results / KEPT / f"{sha256_of(asked)}.json"
+    kept = kept_path(asked, results)
     if not kept.exists():
-        arguments = {**_first(cells).details["task"], "entrants": entrants, "batch": batch}
+        arguments = {**_first(cells).details["task_arguments"], "entrants": entrants, "batch": batch}
         arguments["measure"] = _first(cells).details["measure"]
         write_atomic(kept, json.dumps({**asked, "processes": _time(arguments, measure, kept.with_suffix(".log"))}))
     processes = json.loads(kept.read_text(encoding="utf-8"))["processes"]
     times = [BlockTimes(**process["times"]) for process in processes]
     return Contest(batch, cells, times, processes[0]["sqnr_db"])
+
+
+def kept_path(asked: Mapping[str, Any], results: Path) -> Path:
+    """Where the times of a contest are kept: `asked` holds its batch size, and key and start of each cell's record."""
+    return results / KEPT / f"{sha256_of(asked)}.json"
 
 
 def _time(arguments: dict[str, Any], measure: Measure, log: Path) -> list[dict[str, Any]]:

@@ -90,6 +90,7 @@ def evaluate(
     started = time.monotonic()
     say("exporting and quantizing")
     source = _source(own.fp32_model(task_config, prepared), own.calibration_of(task), recipe, Path(folder))
+    (Path(folder) / CANDIDATES).mkdir()
     names = peer.candidates(source, recipe, Path(folder) / CANDIDATES)
     quantize_s = time.monotonic() - started
     say(f"timing {', '.join(names)}")

@@ -48,7 +48,7 @@ def candidates(source: Source, recipe: Recipe, folder: Path, program: str) -> li
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     def path(name: str) -> str:
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
         return str(folder / name / program)
 
     prepared = folder / "prepared.onnx"

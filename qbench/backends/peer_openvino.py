@@ -63,7 +63,7 @@ def candidates(source: Source, recipe: Recipe, folder: Path, program: str) -> li
 def _save(model: Any, folder: Path, program: str) -> None:
     import openvino
 
-    folder.mkdir(parents=True)
+    folder.mkdir()
     openvino.save_model(model, str(folder / program), compress_to_fp16=False)
 
 
