@@ -19,9 +19,9 @@ from qbench.record import Record
 from qbench.results import read_finished, run_folder
 from qbench.workers import Say, WorkerError
 
-PROGRAM = "model.qb"
 LOG = "log.txt"
 UNAVAILABLE = "TaskUnavailable"  # the exception by which a task says that it cannot be had here
+LACKING = "RecipeUnavailable"  # the one by which a peer says that it has no such recipe
 NO_FP32 = "NoBaseline"  # the kind of failure that follows from the fp32 cell's
 
 
@@ -64,16 +64,17 @@ def _baselines(cell: Cell, results: Path) -> Mapping[str, Any] | None:
 
 
 def _score(cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
-    """Quantize, save folder/model.qb, evaluate, write the other artifacts."""
+    """Quantize, save the backend's program in the folder, evaluate, write the other artifacts."""
+    backend = cell.recipe.backend
     recipe = {name: cell.job.values[name] for name in (*AXES, *RECIPE_VALUES)}
     arguments = {**_task(cell), "recipe_config": recipe, "measure_config": _measure(cell), "folder": str(folder)}
-    with timing_lock.machine(alone=False, say=say):
-        return _run("qbench.evaluate:evaluate", arguments, cell, folder, say)
+    with timing_lock.machine(alone=backend.alone, say=say):
+        return _run(backend.evaluate, arguments, cell, folder, say)
 
 
 def _time(cell: Cell, folder: Path, index: int, results: Path, say: Say) -> dict[str, Any]:
     """One of the fresh processes whose ratios make the interval of the speed-up, alone on the machine."""
-    program = None if cell.is_baseline else str(folder / PROGRAM)
+    program = None if cell.is_baseline else str(_program(cell, folder))
     settings = _timed(cell)
     arguments = {**_task(cell), "program": program, "measure": dataclasses.asdict(settings), "process_index": index}
     arguments |= {"cache": str(results / "cache"), "backend": cell.recipe.backend.name}
@@ -89,11 +90,17 @@ def _timed(cell: Cell) -> Measure:
 
 def _weigh(cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
     """The memory of loading the saved file and running it."""
-    arguments = {**_task(cell), "program": str(folder / PROGRAM), "measure": _measure(cell)}
+    arguments = {**_task(cell), "program": str(_program(cell, folder)), "measure": _measure(cell)}
     arguments |= {"backend": cell.recipe.backend.name}
     say("memory")
     with timing_lock.machine(alone=False, say=say):
         return _run("qbench.measure:memory_cell", arguments, cell, folder, say)
+
+
+def _program(cell: Cell, folder: Path) -> Path:
+    """Where the backend has saved the cell's model."""
+    program: Path = folder / cell.recipe.backend.program
+    return program
 
 
 def _run(function: str, arguments: dict[str, Any], cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _combine(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _failure(error: WorkerError) -> dict[str, Any]:
-    skipped = UNAVAILABLE in error.types
+    skipped = bool({UNAVAILABLE, LACKING} & set(error.types))
     details = {"misuse": error.misuse, "follows_from_fp32": NO_FP32 in error.types}
     return {"status": "skipped" if skipped else "failed", "error": str(error), "details": details}
 
@@ -134,13 +141,18 @@ def _record(cell: Cell, found: Mapping[str, Any], folder: Path, started: datetim
         **found.get("details", {}),
         "command": cell.command,
         "log": cell.prepared.log or str(folder / LOG),
-        "artifacts": [name for name in _files(folder) if name != PROGRAM],
+        "artifacts": _artifacts(folder, Path(backend.program).stem),
+        "is_baseline": cell.is_baseline,
         "latency_is_result": cell.recipe.latency_is_result,
         "recipe": cell.recipe.canonical(),
         "measure": dataclasses.asdict(cell.measure),
         "metric": cell.prepared.metric,
+        "task_arguments": _task(cell),
     }
-    environment = {**identity.environment(), "measure_threads": cell.measure.threads, **found.get("environment", {})}
+    threads = {"measure_threads": cell.measure.threads}
+    if cell.measure.threads_large is not None:
+        threads["measure_threads_large"] = cell.measure.threads_large
+    environment = {**identity.environment(), **threads, **found.get("environment", {})}
     return Record(
         cell=cell.id,
         key=cell.key,
@@ -160,8 +172,10 @@ def _record(cell: Cell, found: Mapping[str, Any], folder: Path, started: datetim
     )
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def _artifacts(folder: Path, program: str) -> list[str]:
+    """The files of the folder, the saved model (all that is named like it) aside."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.stem != program)
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 def _empty_folder(folder: Path) -> Path:

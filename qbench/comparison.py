@@ -20,7 +20,7 @@ PREFIX = {"activation_scheme": "act:", "activation_granularity": "act:", "output
 
 def is_baseline(record: Record) -> bool:
     """Is this the float network that the others are compared with?"""
-    return record.method == "fp32"
+    return bool(record.details.get("is_baseline", record.method == "fp32"))  # a peer's fp32 is compared itself
 
 
 def latency_counts(record: Record) -> bool:
@@ -168,6 +168,8 @@ def slow_reason(record: Record) -> str | None:
         return "eager; compiled fp32 is the baseline"
     if "bf16_emulated" in record.notes:
         return "no bfloat16 instructions on this CPU: torch converts around every operation"
+    if "variant" in record.details:
+        return f"{record.backend}'s own kernels ({record.details['variant']})"
     share = record.metrics.get("int8_mac_fraction", 1.0)
     if share == 0 and record.granularity is None:
         return "bfloat16 halves the bytes of the weights, not the arithmetic of small layers"

@@ -72,11 +72,12 @@ def fp32_model(task_config: dict[str, Any], prepared: dict[str, Any]) -> nn.Modu
 def example_batch(task_config: dict[str, Any], prepared: dict[str, Any], batch: int) -> tuple[Tensor, ...]:
     """Input tensors of `batch` calibration examples, repeated when there are fewer."""
     task = task_of(task_config, Path(prepared["folder"]).parent)
-    together = [torch.cat(leaves) for leaves in zip(*_calibration(task), strict=True)]
+    together = [torch.cat(leaves) for leaves in zip(*calibration_of(task), strict=True)]
     return tuple(leaf.repeat(-(-batch // len(leaf)), *[1] * (leaf.dim() - 1))[:batch].contiguous() for leaf in together)
 
 
-def _calibration(task: Task) -> list[tuple[Tensor, ...]]:
+def calibration_of(task: Task) -> list[tuple[Tensor, ...]]:
+    """The task's own calibration batches. Raises ValueError where it has none."""
     batches = task.calibration()
     if not batches:
         raise ValueError(f"task {task.name} has no calibration data: return a list of input tuples from calibration()")
@@ -125,11 +126,11 @@ def evaluate(
     Returns metrics, granularity_effective, notes and details for the record.
     """
     task = task_of(task_config, Path(prepared["folder"]).parent)
-    recipe = _recipe(recipe_config)
+    recipe = recipe_from(recipe_config)
     measure = Measure.of(measure_config)
     say("quantizing")
     model = fp32_model(task_config, prepared)
-    calibration = _calibration(task)
+    calibration = calibration_of(task)
     network = capture(model, calibration[0])
     trainer = _trainer(task, network, recipe, calibration, say)
     started = time.monotonic()
@@ -140,7 +141,7 @@ def evaluate(
     saved = load(path, recipe.backend.name)
     examples = task.evaluation().first(measure.examples)
     outputs = run(saved, examples, measure.eval_batch, say)
-    found = _score(task, examples, outputs, Path(prepared["folder"]), say)
+    found = score(task, examples, outputs, Path(prepared["folder"]), say)
     fp32_bytes = len(dump(quantize_network(network, dataclasses.replace(recipe, method="fp32"))))
     found["metrics"] |= {"size_bytes": saved.size_bytes, "size_ratio": saved.size_bytes / fp32_bytes}
     found["metrics"] |= {"quantize_s": quantize_s}
@@ -175,7 +176,8 @@ def _trainer(
     return trainer
 
 
-def _recipe(config: dict[str, Any]) -> Recipe:
+def recipe_from(config: dict[str, Any]) -> Recipe:
+    """The recipe of a configuration's axes and plain values."""
     axes = {axis: instantiate(config[axis]) for axis in AXES}
     return Recipe(**axes, **{name: config[name] for name in RECIPE_VALUES})
 
@@ -204,14 +206,20 @@ def run(model: Callable[..., Any], examples: Examples, batch: int, say: Say) -> 
     started = time.monotonic()
     for first in range(0, len(examples), batch):
         result = model(*(leaf[first : first + batch] for leaf in examples.inputs))
-        outputs.append(result if isinstance(result, Tensor) else next(iter(result)))
+        outputs.append(first_tensor(result).clone())  # some runtimes write the next result over it
         done = min(first + batch, len(examples))
         left = (time.monotonic() - started) / done * (len(examples) - done)
         say(f"evaluating, {done}/{len(examples)} examples, {left:.0f} s left")
     return torch.cat(outputs)
 
 
-def _score(task: Task, examples: Examples, outputs: Tensor, folder: Path, say: Say) -> dict[str, Any]:
+def first_tensor(result: Any) -> Tensor:
+    """What is scored of a network's results."""
+    first: Tensor = result if isinstance(result, Tensor) else next(iter(result))
+    return first
+
+
+def score(task: Task, examples: Examples, outputs: Tensor, folder: Path, say: Say) -> dict[str, Any]:
     """The task's own score against fp32 on the same examples, what its metric records beside it, and SQNR."""
     try:
         stored = load_tensors((folder / "fp32_outputs.safetensors").read_bytes())

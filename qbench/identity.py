@@ -54,17 +54,21 @@ def cell_hash(
     return sha256_of({"recipe": recipe, "task": task, "measure": settings, **hashes})
 
 
-def sources_hash(task: Mapping[str, Any], backend_module: str) -> str:
+def sources_hash(task: Mapping[str, Any], *backend_modules: str) -> str:
     """The content of every source file that runs for a task's cells on a backend."""
-    modules = (*ENTRY_MODULES, backend_module, *modules_of_targets(task))
+    modules = (*ENTRY_MODULES, *backend_modules, *modules_of_targets(task))
     files = closure(modules) | {name: path for name in CONDUCTORS if (path := locate(name))}
     files |= {f"qbench.native/{path.name}": path for path in sources.files()}
     return sha256_of({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
 
 
-def key_hash(cell: str, sources: str) -> str:
-    """One answer: the cell, the source files that run for it, and the environment that can change a number."""
-    return sha256_of({"cell": cell, "sources": sources, "environment": answering_environment()})
+def key_hash(cell: str, sources: str, packages: Iterable[str] = ()) -> str:
+    """One answer: the cell, the source files that run for it, and the environment that can change a number.
+
+    `packages` are those whose versions belong to that environment, beside torch.
+    """
+    environment = {**answering_environment(), **versions(packages)}
+    return sha256_of({"cell": cell, "sources": sources, "environment": environment})
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench import compiled, latency
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 class Measure:
     """How a cell is measured: `conf/measure/*.yaml`. Raises ValueError with one line for an impossible value.
 
-    `batch` is the larger batch, timed beside batch 1. `processes` fresh processes time `rounds` rounds each; a block
-    has at least `block_calls` calls and `block_ms` milliseconds. `examples` cuts the evaluation (None: all of them),
-    which runs in batches of `eval_batch`. `compile` times the compiled fp32 network too, in the fp32 cell.
+    `batch` is the larger batch, timed beside batch 1; batch 1 on `threads` threads, the larger one on `threads_large`
+    (None: as many). `processes` fresh processes time `rounds` rounds each; a block has at least `block_calls` calls and
+    `block_ms` milliseconds. `examples` cuts the evaluation (None: all of them), which runs in batches of `eval_batch`.
+    `compile` times the compiled fp32 network too, in the fp32 cell.
     """
 
     threads: int = 1
+    threads_large: int | None = None
     batch: int = 16
     processes: int = 3
     rounds: int = 5
@@ -66,6 +69,10 @@ class Measure:
         """Batch 1, whose metrics have no suffix, and the larger one."""
         return (1, self.batch) if self.batch > 1 else (1,)
 
+    def threads_of(self, batch: int) -> int:
+        """The threads on which a batch size is timed."""
+        return self.threads if batch == 1 or self.threads_large is None else self.threads_large
+
     @property
     def timing(self) -> Timing:
         """The part that says how blocks are timed."""
@@ -74,6 +81,7 @@ class Measure:
 
 SMALLEST: dict[str, int] = {
     "threads": 1,
+    "threads_large": 1,
     "batch": 1,
     "processes": 1,
     "rounds": 1,
@@ -85,6 +93,7 @@ SMALLEST: dict[str, int] = {
 }
 SWITCHES = ("compile", "layers", "figures")
 REAL = ("block_ms", "timeout_s")
+OPTIONAL = ("examples", "threads_large")
 
 
 def _check(name: str, value: Any) -> None:
@@ -93,12 +102,12 @@ def _check(name: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise ValueError(f"measure.{name}={value!r}: allowed are true and false")
         return
-    if name == "examples" and value is None:
+    if name in OPTIONAL and value is None:
         return
     kind, word = (int | float, "a number") if name in REAL else (int, "a whole number")
     # NaN and infinity compare false.
     if isinstance(value, bool) or not isinstance(value, kind) or not SMALLEST[name] <= value < 1e12:
-        also = " or null" if name == "examples" else ""
+        also = " or null" if name in OPTIONAL else ""
         raise ValueError(f"measure.{name}={value!r}: allowed is {word} of at least {SMALLEST[name]:g}{also}")
 
 
@@ -113,28 +122,27 @@ def time_cell(
 ) -> dict[str, Any]:
     """Time one cell in this process, which must be fresh; one of `measure.processes` answers for `latency.combine`.
 
-    `program` is the saved .qb file of a quantized cell, run by `backend` and timed against fp32 as torch runs it
-    (eager). None means the fp32 cell: eager against compiled, so that the others can be chained to the faster. `cache`
+    `program` is the saved model of the cell, run by `backend` and timed against fp32 as torch runs it (eager). None
+    means the fp32 cell: eager against compiled, so that the others can be chained to the faster. `cache`
     is the results' cache folder (the compiler's products are kept there, only the first process pays for them).
     """
     import torch
 
-    from qbench import evaluate
+    from qbench import backends, evaluate
+    from qbench.recipe import option
 
-    settings = Measure.of(measure)
-    torch.set_num_threads(settings.threads)
-    contestants: dict[str, Callable[..., Any]] = {latency.EAGER: evaluate.fp32_model(task_config, prepared)}
-    if program is not None:
-        from qbench.saved import load
-
-        contestants[latency.CELL] = load(program, backend)
+    settings, runs = Measure.of(measure), option("backend", backend or backends.default())
+    eager = evaluate.fp32_model(task_config, prepared)
     answer: dict[str, Any] = {"batches": {}, "compile_failure": None}
     with torch.inference_mode():
         for batch in settings.batches:
+            torch.set_num_threads(threads := settings.threads_of(batch))
             inputs = evaluate.example_batch(task_config, prepared, batch)
-            entrants = dict(contestants)
-            if program is None and settings.compile:
-                entrants |= _compiled(contestants[latency.EAGER], inputs, cache, answer)
+            entrants: dict[str, Callable[..., Any]] = {latency.EAGER: eager}
+            if program is not None:
+                entrants[latency.CELL] = runs.load(Path(program), batch, threads)
+            elif settings.compile:
+                entrants |= _compiled(eager, inputs, cache, answer)
             calls = {name: partial(function, *inputs) for name, function in entrants.items()}
             times = time_blocks(calls, settings.timing, seed=process_index * 10_000 + batch)
             answer["batches"][str(batch)] = times.as_json()
@@ -150,6 +158,39 @@ def _compiled(model: Any, inputs: tuple[Tensor, ...], cache: str, answer: dict[s
     return {latency.COMPILED: outcome}
 
 
+def time_contest(
+    entrants: dict[str, dict[str, str]],
+    task_config: dict[str, Any],
+    prepared: dict[str, Any],
+    measure: dict[str, Any],
+    batch: int,
+    process_index: int,
+) -> dict[str, Any]:
+    """Time the saved models of finished cells against each other at one batch size, in this fresh process.
+
+    `entrants`: by name, `backend` and `program` of each. Returns `times` (BlockTimes) and `sqnr_db`, by name, of what
+    was timed against eager fp32 on the same inputs.
+    """
+    import torch
+
+    from qbench import evaluate
+    from qbench.metrics import sqnr_db
+    from qbench.recipe import option
+
+    settings = Measure.of(measure)
+    torch.set_num_threads(threads := settings.threads_of(batch))
+    inputs = evaluate.example_batch(task_config, prepared, batch)
+    with torch.inference_mode():
+        calls = {
+            name: partial(option("backend", entry["backend"]).load(Path(entry["program"]), batch, threads), *inputs)
+            for name, entry in entrants.items()
+        }
+        fp32 = evaluate.first_tensor(evaluate.fp32_model(task_config, prepared)(*inputs))
+        noise = {name: sqnr_db(fp32, evaluate.first_tensor(call())) for name, call in calls.items()}
+        times = time_blocks(calls, settings.timing, seed=process_index * 10_000 + batch)
+    return {"times": times.as_json(), "sqnr_db": noise}
+
+
 def memory_cell(
     program: str,
     task_config: dict[str, Any],
@@ -163,12 +204,14 @@ def memory_cell(
     """
     import torch
 
-    from qbench import evaluate
-    from qbench.saved import load
+    from qbench import backends, evaluate
+    from qbench.recipe import option
 
-    settings = Measure.of(measure)
-    torch.set_num_threads(settings.threads)
-    inputs = evaluate.example_batch(task_config, prepared, settings.batch)
+    settings, runs = Measure.of(measure), option("backend", backend or backends.default())
+    batch, threads = settings.batch, settings.threads_of(settings.batch)
+    torch.set_num_threads(threads)
+    inputs = evaluate.example_batch(task_config, prepared, batch)
+    runs.environment()  # what it imports is no memory of the model
     with torch.inference_mode():
-        peak = memory_of(lambda: load(program, backend), inputs)
+        peak = memory_of(lambda: runs.load(Path(program), batch, threads), inputs)
     return {"metrics": {} if peak is None else {"peak_memory_bytes": peak}}

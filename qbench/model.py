@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qbench.backends import Backend
+from qbench.backends import Engine
 from qbench.program import Macs, Program
 from qbench.record import write_atomic
 
@@ -20,7 +20,9 @@ class QuantizedModel:
     `recipe` is the canonical recipe (JSON). The model holds no float copy of its int8 weights.
     """
 
-    def __init__(self, program: Program, recipe: dict[str, Any], backend: Backend) -> None:
+    def __init__(self, program: Program, recipe: dict[str, Any], backend: Engine) -> None:
+        if not hasattr(backend, "kernel"):
+            raise ValueError(f"backend={backend.name} runs no programs of qbench, only cells of a sweep: native does")
         self.program, self.recipe, self.backend = program, recipe, backend
         self.macs = Macs()
         self._run = program.lower(backend, self.macs)

@@ -85,7 +85,7 @@ def plan(composer: Composer) -> list[Cell]:
             workers.warm_up()  # torch loads while the rest is composed
     for cell in list(cells.values()):
         if cell.baseline not in cells:
-            cells[cell.baseline] = cell_of(composer.job(_baseline_overrides(cell.job)), composer.config_dir)
+            cells[cell.baseline] = cell_of(composer.job(_baseline_overrides(cell)), composer.config_dir)
     return sorted(cells.values(), key=lambda cell: not cell.is_baseline)
 
 
@@ -104,7 +104,7 @@ def cell_of(job: Job, config_dir: str | None) -> Cell:
         measure=measure,
         job=job,
         question=question(recipe),
-        baseline=question(dataclasses.replace(recipe, method="fp32")),
+        baseline=question(dataclasses.replace(recipe, method="fp32", backend=recipe.backend.baseline)),
         command=_command(job, recipe, config_dir),
     )
 
@@ -125,9 +125,11 @@ def identify(cells: list[Cell], prepared: Mapping[str, Prepared]) -> list[Cell]:
     known: dict[str, Cell] = {}
     for cell in cells:
         if cell.task_id in prepared:
-            place = cell.task_id, type(cell.recipe.backend).__module__
+            backend = cell.recipe.backend
+            place = cell.task_id, backend.evaluate
             if place not in sources:
-                sources[place] = identity.sources_hash(cell.task, place[1])
+                modules = type(backend).__module__, backend.evaluate.partition(":")[0]
+                sources[place] = identity.sources_hash(cell.task, *modules)
             known[cell.question] = _identified(cell, prepared[cell.task_id], sources[place])
     keys = {question: cell.key for question, cell in known.items()}
     found = (known.get(cell.question, cell) for cell in cells)
@@ -137,11 +139,14 @@ def identify(cells: list[Cell], prepared: Mapping[str, Prepared]) -> list[Cell]:
 def _identified(cell: Cell, prepared: Prepared, sources: str) -> Cell:
     settings = dataclasses.asdict(cell.measure)
     asked = identity.cell_hash(cell.recipe.canonical(), cell.task, settings, dataclasses.asdict(prepared))
-    return dataclasses.replace(cell, prepared=prepared, id=asked, key=identity.key_hash(asked, sources))
+    return dataclasses.replace(
+        cell, prepared=prepared, id=asked, key=identity.key_hash(asked, sources, cell.recipe.backend.packages)
+    )
 
 
-def _baseline_overrides(job: Job) -> list[str]:
-    return [text for text in job.overrides if _group(text) != "method"] + ["method=fp32"]
+def _baseline_overrides(cell: Cell) -> list[str]:
+    others = [text for text in cell.job.overrides if _group(text) not in ("method", "backend")]
+    return [*others, "method=fp32", f"backend={cell.recipe.backend.baseline}"]
 
 
 def _name(task: str, recipe: Recipe) -> str:

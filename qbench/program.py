@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qbench import structure
-from qbench.backends import Backend
+from qbench.backends import Engine
 from qbench.capture import attach
 from qbench.fusion import has_macs, is_move
 from qbench.ops import ACTIVATIONS, is_int8_op
@@ -92,7 +92,7 @@ class Program:
             if is_int8_op(node.target) and "weight_only" in str(node.target)
         ]
 
-    def lower(self, backend: Backend, macs: Macs) -> Callable[..., Any]:
+    def lower(self, backend: Engine, macs: Macs) -> Callable[..., Any]:
         """A function of the input tensors (nested as the model's own) that runs the program on a backend."""
         lowered = backend.runner(lower_graph(self, backend, macs), macs)
 
@@ -130,7 +130,7 @@ def _value_kinds(program: Program) -> dict[fx.Node, str]:
     return kinds
 
 
-def lower_graph(program: Program, backend: Backend, macs: Macs) -> fx.GraphModule:
+def lower_graph(program: Program, backend: Engine, macs: Macs) -> fx.GraphModule:
     """The graph again, with a prepared kernel in the place of each int8 operation."""
     graph, held = fx.Graph(), {}
     values: dict[fx.Node, fx.Node] = {}
@@ -155,7 +155,7 @@ def _kernel_node(
     graph: fx.Graph,
     node: fx.Node,
     tensors: dict[str, Tensor],
-    backend: Backend,
+    backend: Engine,
     macs: Macs,
     values: dict[fx.Node, fx.Node],
 ) -> fx.Node:

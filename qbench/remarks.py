@@ -19,6 +19,7 @@ NOTES = {
     "disturbed": "its time alone was not reproduced: the machine was busy",
     "batch_dependent": "the answer depends on the batch it is computed in",
     "bf16_emulated": "this CPU has no bfloat16 instructions, torch emulates them: the time is not that of one that has",
+    "float_layers": "layers with multiplications stay in float: float_ops in the record names them",
     "few_units": "fewer than 20 resampling units: the interval is rough",
     "one_process": "the interval of the speed-up comes from one process: too narrow",
     "baseline_eager_only": "compiled fp32 was not measured: the speed-up is against eager",

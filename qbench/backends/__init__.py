@@ -1,4 +1,8 @@
-"""What executes a program: one object a backend, looked up by name."""
+"""What answers a cell: one object a backend, looked up by name.
+
+An engine executes qbench's own programs, node by node. A peer is another project's tool and runtime: it takes the fp32
+network and the calibration data, and makes and runs a model of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,18 @@ from qbench.native import sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import fx
 
+    from qbench.peers import Source
     from qbench.program import Macs
+    from qbench.recipe import Recipe
 
-__all__ = ["native", "reference"]
+__all__ = ["native", "onnxruntime", "openvino", "reference"]
+
+OWN_EVALUATION = "qbench.evaluate:evaluate"
+PEER_EVALUATION = "qbench.peers:evaluate"
 
 PREFERRED, FALLBACK = "native", "reference"
 WITHOUT_ENGINE = f"{sources.WHY_NOT} ({sources.CURE}); backend: {FALLBACK}, whose latency is no result"
@@ -35,11 +45,35 @@ def default() -> str:
 
 
 class Backend(Protocol):
-    """What executes a program."""
+    """What makes and runs the model of a cell.
+
+    `evaluate` names the function of the child that makes the model, saves it as `program` in the cell's folder and
+    scores it; with `alone` it times its candidates, so that nothing else may run meanwhile. `baseline` is the backend
+    whose fp32 cell the cells are compared with, `packages` are those that can change an answer, beside torch.
+    """
 
     name: ClassVar[str]
     label: ClassVar[str]
     latency_is_result: ClassVar[bool]
+    evaluate: ClassVar[str]
+    alone: ClassVar[bool]
+    program: ClassVar[str]
+    baseline: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+
+    def load(self, path: Path, batch: int | None, threads: int) -> Callable[..., Any]:
+        """The saved model, to be called with tensors. For inputs of `batch` examples (None: any) on `threads` threads;
+        an engine takes any batch, and torch's threads.
+        """
+        ...
+
+    def environment(self) -> dict[str, Any]:
+        """What it adds to the environment of a record."""
+        ...
+
+
+class Engine(Backend, Protocol):
+    """What executes a program."""
 
     def kernel(self, node: fx.Node, constants: dict[str, Any], macs: Macs) -> Callable[..., Any]:
         """A function of the activations only that executes one node of the int8 program.
@@ -57,8 +91,24 @@ class Backend(Protocol):
         """A function of the input tensors that runs a lowered program: most often itself."""
         ...
 
-    def environment(self) -> dict[str, Any]:
-        """What it adds to the environment of a record."""
+
+class Peer(Backend, Protocol):
+    """Another project's quantizer and runtime."""
+
+    def lacks(self, recipe: Recipe) -> str | None:
+        """Why it cannot answer the recipe, None where it can."""
+        ...
+
+    def require(self) -> None:
+        """Raises PeerUnavailable, which names the cure, where it is not installed."""
+        ...
+
+    def candidates(self, source: Source, recipe: Recipe, folder: Path) -> list[str]:
+        """Save the model in every form that may be the fastest, each as folder/NAME/`program`, and return the names."""
+        ...
+
+    def float_ops(self, path: Path, batch: int, threads: int) -> list[str]:
+        """The operations with multiply-accumulates that the runtime computes in float, as `node: operation`."""
         ...
 
 
@@ -69,6 +119,17 @@ class native:
     name: ClassVar[str] = "native"
     label: ClassVar[str] = "native"
     latency_is_result: ClassVar[bool] = True
+    evaluate: ClassVar[str] = OWN_EVALUATION
+    alone: ClassVar[bool] = False
+    program: ClassVar[str] = "model.qb"
+    baseline: ClassVar[str] = "native"
+    packages: ClassVar[tuple[str, ...]] = ()
+
+    def load(self, path: Path, batch: int | None, threads: int) -> Callable[..., Any]:
+        """See Backend."""
+        from qbench.saved import load
+
+        return load(path, self.name)
 
     def kernel(self, node: fx.Node, constants: dict[str, Any], macs: Macs) -> Callable[..., Any]:
         """See Backend. Raises NativeUnavailable where the engine is not built."""
@@ -103,6 +164,17 @@ class reference:
     name: ClassVar[str] = "reference"
     label: ClassVar[str] = "ref"
     latency_is_result: ClassVar[bool] = False
+    evaluate: ClassVar[str] = OWN_EVALUATION
+    alone: ClassVar[bool] = False
+    program: ClassVar[str] = "model.qb"
+    baseline: ClassVar[str] = "reference"
+    packages: ClassVar[tuple[str, ...]] = ()
+
+    def load(self, path: Path, batch: int | None, threads: int) -> Callable[..., Any]:
+        """See Backend."""
+        from qbench.saved import load
+
+        return load(path, self.name)
 
     def kernel(self, node: fx.Node, constants: dict[str, Any], macs: Macs) -> Callable[..., Any]:
         """See Backend."""
@@ -122,3 +194,105 @@ class reference:
     def environment(self) -> dict[str, Any]:
         """Nothing: it is the same everywhere."""
         return {}
+
+
+@dataclass(frozen=True)
+class onnxruntime:
+    """ONNX Runtime, with its own quantization: QDQ or QOperator, U8S8 or S8S8, whichever is the fastest."""
+
+    name: ClassVar[str] = "onnxruntime"
+    label: ClassVar[str] = "ort"
+    latency_is_result: ClassVar[bool] = True
+    evaluate: ClassVar[str] = PEER_EVALUATION
+    alone: ClassVar[bool] = True
+    program: ClassVar[str] = "model.onnx"
+    baseline: ClassVar[str] = "native"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx", "onnxscript")
+
+    def lacks(self, recipe: Recipe) -> str | None:
+        """See Peer."""
+        from qbench.backends.peer_onnxruntime import OFFERS
+        from qbench.peers import lacking
+
+        return lacking(self.name, recipe, OFFERS)
+
+    def require(self) -> None:
+        """See Peer."""
+        from qbench.peers import require
+
+        require(self.name, ("onnx", "onnxruntime", "onnxscript"))
+
+    def candidates(self, source: Source, recipe: Recipe, folder: Path) -> list[str]:
+        """See Peer."""
+        from qbench.backends.peer_onnxruntime import candidates
+
+        return candidates(source, recipe, folder, self.program)
+
+    def load(self, path: Path, batch: int | None, threads: int) -> Callable[..., Any]:
+        """See Backend."""
+        from qbench.backends.peer_onnxruntime import load
+
+        return load(path, batch, threads)
+
+    def float_ops(self, path: Path, batch: int, threads: int) -> list[str]:
+        """See Peer."""
+        from qbench.backends.peer_onnxruntime import float_ops
+
+        return float_ops(path, batch, threads)
+
+    def environment(self) -> dict[str, Any]:
+        """The versions."""
+        from qbench.identity import versions
+
+        return versions(self.packages)
+
+
+@dataclass(frozen=True)
+class openvino:
+    """OpenVINO, with nncf's post-training quantization: its performance or its mixed preset, whichever is faster."""
+
+    name: ClassVar[str] = "openvino"
+    label: ClassVar[str] = "openvino"
+    latency_is_result: ClassVar[bool] = True
+    evaluate: ClassVar[str] = PEER_EVALUATION
+    alone: ClassVar[bool] = True
+    program: ClassVar[str] = "model.xml"
+    baseline: ClassVar[str] = "native"
+    packages: ClassVar[tuple[str, ...]] = ("openvino", "nncf", "onnx", "onnxscript")
+
+    def lacks(self, recipe: Recipe) -> str | None:
+        """See Peer."""
+        from qbench.backends.peer_openvino import OFFERS
+        from qbench.peers import lacking
+
+        return lacking(self.name, recipe, OFFERS)
+
+    def require(self) -> None:
+        """See Peer."""
+        from qbench.peers import require
+
+        require(self.name, ("onnx", "onnxscript", "openvino", "nncf"))
+
+    def candidates(self, source: Source, recipe: Recipe, folder: Path) -> list[str]:
+        """See Peer."""
+        from qbench.backends.peer_openvino import candidates
+
+        return candidates(source, recipe, folder, self.program)
+
+    def load(self, path: Path, batch: int | None, threads: int) -> Callable[..., Any]:
+        """See Backend."""
+        from qbench.backends.peer_openvino import load
+
+        return load(path, batch, threads)
+
+    def float_ops(self, path: Path, batch: int, threads: int) -> list[str]:
+        """See Peer."""
+        from qbench.backends.peer_openvino import float_ops
+
+        return float_ops(path, batch, threads)
+
+    def environment(self) -> dict[str, Any]:
+        """The versions."""
+        from qbench.identity import versions
+
+        return versions(self.packages)
