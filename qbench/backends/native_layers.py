@@ -320,7 +320,10 @@ class _Transposed(_Images):
 
     def phase_window(self, phase: tuple[int, ...], size: tuple[int, int], out: list[int]) -> Window:
         """An ordinary convolution of stride 1 from x to every stride-th pixel of the result."""
-        counts = [-(-(length - first) // s) if length > first else 0 for length, first, s in zip(out, phase, self.stride, strict=True)]
+        counts = [
+            -(-(length - first) // s) if length > first else 0
+            for length, first, s in zip(out, phase, self.stride, strict=True)
+        ]
         taps = self.taps(phase)
         if not all(taps):  # one tap, beside the image
             kernel, padding, dilation = [1, 1], [-size[0], -size[1]], [1, 1]
