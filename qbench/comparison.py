@@ -7,12 +7,13 @@ import dataclasses
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
-from qbench.recipe import AXES, Recipe, option
+from qbench import recipe
+from qbench.recipe import AXES, option
 from qbench.record import Record
 
 ALWAYS = ("method", "granularity", "scheme")
-DEFAULTS = {f.name: str(f.default) for f in dataclasses.fields(Recipe) if f.name in AXES and f.name not in ALWAYS}
-VALUES = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name not in AXES}
+DEFAULTS = {name: str(value) for name, value in recipe.DEFAULTS.items() if name in AXES and name not in ALWAYS}
+VALUES = {name: value for name, value in recipe.DEFAULTS.items() if name not in AXES}
 TIMING_NOTES = ("disturbed", "one_process", "baseline_eager_only")
 PREFIX = {"activation_scheme": "act:", "activation_granularity": "act:", "output": "out:"}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qbench.backends import FALLBACK, PREFERRED, WITHOUT_ENGINE
 from qbench.composition_errors import groups, key_of, known_keys, not_understood, one_line_errors, unknown_key
 from qbench.config import UsageError, conf_folder
 from qbench.native import sources
@@ -33,6 +34,7 @@ class Composer:
         sweeps = [key_of(text) for text in arguments.overrides].count("sweep")
         self.multirun = arguments.multirun or sweeps > 0
         self.config_dir: str | None = arguments.config_dir
+        self.notices: list[str] = []  # what the user should know of the jobs, once they are composed
         self._overrides = list(arguments.overrides)
         for text in arguments.overrides:
             if not key_of(text):
@@ -124,15 +126,24 @@ class Composer:
             raise UsageError(f"hydra/sweeper: {sweeper['_target_']} is not supported; qbench sweeps with the basic one")
         own = [override for override in self._overrides if not override.lstrip("+~").startswith("hydra")]
         if not self.multirun:
-            return [[own]]
+            return [[[*self._without_engine(own), *own]]]
         shared = [f"{name}={value}" for name, value in (sweeper.params or {}).items()]
         products = []
         with one_line_errors(self._loader):
             parser = OverridesParser.create(config_loader=self._loader)
             for line in self._lines():
-                parsed = parser.parse_overrides([*shared, *line, *own])
+                texts = [*shared, *line, *own]
+                parsed = parser.parse_overrides([*self._without_engine(texts), *texts])
                 products.append(BasicSweeper.split_arguments(parsed, None)[0])
         return products
+
+    def _without_engine(self, overrides: Sequence[str]) -> list[str]:
+        """`backend=reference` where the engine is not built and native the default, not what somebody asks for."""
+        chosen = self._master.hydra.runtime.choices.get("backend")
+        if sources.built() or chosen != PREFERRED or any(key_of(text) == "backend" for text in overrides):
+            return []
+        self.notices = [WITHOUT_ENGINE]
+        return [f"backend={FALLBACK}"]
 
     def _lines(self) -> list[list[str]]:
         """The lines of `cells`: what one product cannot say. Without any, one product with nothing of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -140,7 +141,7 @@ def evaluate(
     examples = task.evaluation().first(measure.examples)
     outputs = run(saved, examples, measure.eval_batch, say)
     found = _score(task, examples, outputs, Path(prepared["folder"]), say)
-    fp32_bytes = len(dump(quantize_network(network, Recipe(method="fp32"))))
+    fp32_bytes = len(dump(quantize_network(network, dataclasses.replace(recipe, method="fp32"))))
     found["metrics"] |= {"size_bytes": saved.size_bytes, "size_ratio": saved.size_bytes / fp32_bytes}
     found["metrics"] |= {"quantize_s": quantize_s}
     if saved.macs.int8_fraction is not None:

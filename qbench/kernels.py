@@ -68,7 +68,7 @@ def show(task_name: str, method: str, batch: int, threads: int) -> None:
     task = task_of(config, cache, print)
     model = final_weights(task, task_folder(config, cache), print)
     calibration = task.calibration()
-    q = quantize(model, calibration[0], Recipe(method=method), calibration=calibration, backend="native")
+    q = quantize(model, calibration[0], Recipe(method=method, backend="native"), calibration=calibration)
     torch.set_num_threads(threads)
     inputs = tuple(torch.cat([leaf] * -(-batch // len(leaf)))[:batch] for leaf in calibration[0])
     highest = peak() * threads

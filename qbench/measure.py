@@ -109,7 +109,7 @@ def time_cell(
     measure: dict[str, Any],
     process_index: int,
     cache: str,
-    backend: str = "reference",
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Time one cell in this process, which must be fresh; one of `measure.processes` answers for `latency.combine`.
 
@@ -155,7 +155,7 @@ def memory_cell(
     task_config: dict[str, Any],
     prepared: dict[str, Any],
     measure: dict[str, Any],
-    backend: str = "reference",
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """The memory that loading the saved file and three forwards at the larger batch take, in this fresh process.
 

@@ -14,7 +14,7 @@ from qbench.compose import Composer, Job
 from qbench.config import RUN_VALUES, UsageError, measure_of, recipe_of
 from qbench.identity import sha256_of
 from qbench.measure import Measure
-from qbench.recipe import AXES, CALIBRATION, Recipe
+from qbench.recipe import AXES, CALIBRATION, DEFAULTS, Recipe
 
 MAIN_AXES = ("method", "granularity", "scheme")
 
@@ -146,21 +146,16 @@ def _baseline_overrides(job: Job) -> list[str]:
 
 def _name(task: str, recipe: Recipe) -> str:
     """`resnet18[ptsq-per_channel-symmetric observer=mse]`: the main axes, then what differs from the defaults."""
-    names, usual = recipe.names(), _usual()
+    names = recipe.names()
     main = "-".join(name for axis in MAIN_AXES if (name := names[axis]))
     chosen = {**names, **{name: recipe.canonical()[name] for name in CALIBRATION}}
-    rest = [name for name in chosen if name not in MAIN_AXES and chosen[name] not in (None, usual[name])]
+    rest = [name for name in chosen if name not in MAIN_AXES and chosen[name] not in (None, DEFAULTS[name])]
     return f"{task}[{' '.join([main, *(f'{name}={chosen[name]}' for name in rest)])}]"
-
-
-def _usual() -> dict[str, Any]:
-    """The default choice on each axis, and the default of each plain value."""
-    return {field.name: field.default for field in dataclasses.fields(Recipe)}
 
 
 def _command(job: Job, recipe: Recipe, config_dir: str | None) -> str:
     """The command line that runs this cell alone, finished or not."""
-    usual = {**_usual(), "task": None, "method": None, "measure": "default"}
+    usual = {**DEFAULTS, "task": None, "method": None, "measure": "default"}
     groups = ["task", *(axis for axis in AXES if recipe.applies(axis)), "measure"]
     words = [f"{group}={job.choices[group]}" for group in groups if job.choices[group] != usual[group]]
     values = [text for text in job.overrides if text.partition("=")[0] not in (*groups, *AXES, "+sweep", *RUN_VALUES)]

@@ -32,11 +32,12 @@ def quantize(
     `example_inputs`: a tuple of tensors (nested allowed), dimension 0 the batch. `calibration`: tuples of the same
     form, for methods that need them (ptsq, qat). `fine_tune` (qat) trains the module that it is given, a
     `qbench.fake_quantized.FakeQuantized`, in place; without it the recipe's own steps on the calibration data do.
-    `backend` overrides the recipe's. `dynamic_shapes` goes to torch.export.
+    `backend` overrides the recipe's, which is native by default. `dynamic_shapes` goes to torch.export.
 
     Raises CaptureError when torch.export cannot capture the model, ValueError for calibration that is missing, of the
     wrong shape or not finite, for weights that are not finite, for a layer that has no int8 form, and for fine-tuning
-    that diverges or changes no weight.
+    that diverges or changes no weight; NativeUnavailable where native is asked for and not built. Where nobody asks
+    for it, the reference stands in, with a RuntimeWarning.
     """
     recipe = recipe or Recipe()
     if fine_tune is not None and not recipe.method.trains:

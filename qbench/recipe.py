@@ -40,7 +40,8 @@ class Recipe:
 
     `group_size` counts input channels (per_group). `keep_float` lists patterns of module names (`layer1.*`, `fc`) that
     stay in float. `calibration_samples` examples calibrate (None: all that are given), drawn at random without
-    replacement from `calibration_seed` (None: the first). Raises ValueError for an unknown name or an impossible value.
+    replacement from `calibration_seed` (None: the first). `backend` None is native, or reference where the engine is
+    not built: the recipe holds the one that runs. Raises ValueError for an unknown name or an impossible value.
     """
 
     method: Any = "ptsq"
@@ -50,13 +51,15 @@ class Recipe:
     activation_granularity: Any = "per_row"
     observer: Any = "minmax"
     output: Any = "float"
-    backend: Any = "reference"
+    backend: Any = None
     group_size: int = 64
     keep_float: tuple[str, ...] = ()
     calibration_samples: int | None = None
     calibration_seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.backend is None:
+            object.__setattr__(self, "backend", backends.default())
         for axis, module in AXES.items():
             value = getattr(self, axis)
             if isinstance(value, str):
@@ -106,6 +109,10 @@ class Recipe:
         parts = [self.method.label[:5]]
         parts += [getattr(self, axis).label[0] for axis in ("granularity", "scheme") if self.applies(axis)]
         return "-".join(parts)
+
+
+# What is asked where nothing is said. A backend that had to stand in for this one is worth saying.
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Recipe)} | {"backend": backends.PREFERRED}
 
 
 def _is_whole(value: Any, least: int) -> bool:

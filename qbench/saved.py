@@ -18,8 +18,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from qbench import structure
+from qbench.backends import default
 from qbench.encoded import DTYPES, TENSOR_DTYPES, decode_graph, encode_graph
 from qbench.model import QuantizedModel
+from qbench.native.library import NativeUnavailable
 from qbench.program import Program
 from qbench.recipe import option
 
@@ -52,9 +54,13 @@ def dump(model: QuantizedModel) -> bytes:
     return save_tensors(tensors, {KEY: json.dumps(content, allow_nan=False)})  # in the order of the program's text
 
 
-def load(path: str | Path, backend: str = "reference") -> QuantizedModel:
-    """Read a `.qb` file. Raises SavedModelError when it is none, damaged, altered or of another version."""
-    chosen = option("backend", backend)
+def load(path: str | Path, backend: str | None = None) -> QuantizedModel:
+    """Read a `.qb` file, to run on a backend (None: native, or reference where the engine is not built).
+
+    Raises SavedModelError when it is none, damaged, altered or of another version, NativeUnavailable when native is
+    asked for and not built.
+    """
+    chosen = option("backend", backend or default())
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -68,6 +74,8 @@ def load(path: str | Path, backend: str = "reference") -> QuantizedModel:
             raise ValueError("its content does not match its sha256: the file is damaged or was altered")
         program = _decode(content, tensors)
         return QuantizedModel(program, content["recipe"], chosen)
+    except NativeUnavailable:
+        raise  # no fault of the file
     except Exception as error:  # whatever a file that nobody vouches for makes torch raise is its fault
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise SavedModelError(f"{path} is not a usable qbench model: {reason}") from error

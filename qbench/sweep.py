@@ -40,12 +40,14 @@ def run_sweep(composer: Composer) -> int:
     options = options_of(cells)
     with results.claim(options.results):
         if options.dry_run:
+            notify(composer)
             return list_cells(identify(cells, remembered_tasks(cells, options.results)), options)
         tracking.check_store(options.results)
         with ThreadPoolExecutor(1) as aside:  # MLflow takes seconds to load: let it, while children prepare the tasks
             store = aside.submit(tracking.prepare_store, options.results)
             cells = identify(cells, prepare_tasks(cells, options.results, Progress()))
             store.result()
+        notify(composer)
         todo = [cell for cell in cells if options.force or not is_finished(cell, options)]
         try:
             announce(cells, todo)
@@ -55,6 +57,12 @@ def run_sweep(composer: Composer) -> int:
             print(f"\n{finished} of {len(cells)} cells are finished; the same command goes on", file=sys.stderr)
             raise
         return show(cells, options)
+
+
+def notify(composer: Composer) -> None:
+    """Say, once it is sure that something runs, what the user should know of it."""
+    for notice in composer.notices:
+        print(f"qbench: {notice}", file=sys.stderr)
 
 
 def options_of(cells: Sequence[Cell]) -> Options:

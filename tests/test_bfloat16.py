@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import Apply, every_operation
-from test_report import native
+from test_report import timed
 from torch import nn
 from torch.nn import functional
 
@@ -106,13 +106,15 @@ def test_it_says_where_it_is_emulated(monkeypatch, flags, emulated):
 
 
 def test_its_latency_is_a_result_with_any_backend():
-    assert BF16.latency_is_result
-    assert Recipe("fp32").latency_is_result
-    assert not Recipe("woq").latency_is_result
+    for name in ("reference", "native"):
+        assert Recipe("bf16", backend=name).latency_is_result
+        assert Recipe("fp32", backend=name).latency_is_result
+    assert not Recipe("woq", backend="reference").latency_is_result
+    assert Recipe("woq", backend="native").latency_is_result
 
 
 def test_why_it_is_slow():
-    slow = native(0.5, method="bf16", metrics={"int8_mac_fraction": 0.0})
+    slow = timed(0.5, method="bf16", metrics={"int8_mac_fraction": 0.0})
     assert "not the arithmetic" in slow_reason(slow)
     slow.notes.append("bf16_emulated")
     assert slow_reason(slow) == "no bfloat16 instructions on this CPU: torch converts around every operation"

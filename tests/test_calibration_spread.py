@@ -3,6 +3,7 @@
 import dataclasses
 
 from test_report import record
+from user_project import needs_engine
 
 from qbench import calibration_spread, cli
 from qbench.calibration_spread import grouped, page
@@ -52,6 +53,7 @@ def test_the_figure_has_a_column_a_task_and_a_line_an_observer_beside_fp32(tmp_p
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fp32", "minmax", "mse"]
 
 
+@needs_engine
 def test_the_sweep_asks_each_draw_once_and_fp32_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["+sweep=calibration", "task=resnet18", "observer=mse", "calibration_samples=16", "dry_run=true"]

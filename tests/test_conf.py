@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from user_project import needs_engine
 
 from qbench import cli
 from qbench.compose import Composer
@@ -18,7 +19,8 @@ from qbench.recipe import AXES, Recipe
 
 CONF = conf_folder()
 CHOICES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
-AXIS_CHOICES = [choice for choice in CHOICES if choice.parts[0] in AXES]
+MARKS = {Path("backend/native"): needs_engine}
+RUNNABLE = [pytest.param(choice, id=str(choice), marks=MARKS.get(choice, ())) for choice in CHOICES]
 SWEEPS = [choice.name for choice in CHOICES if choice.parts[0] == "sweep"]
 NEEDS = {"torchvision": ["task.name=resnet18"]}  # what a choice cannot do without
 
@@ -28,7 +30,7 @@ def composed(*overrides):
     return job
 
 
-@pytest.mark.parametrize("choice", [c for c in CHOICES if c.parts[0] != "sweep"], ids=str)
+@pytest.mark.parametrize("choice", [c for c in RUNNABLE if c.values[0].parts[0] != "sweep"])
 def test_every_choice_composes(choice: Path):
     group, name = choice.parts
     job = composed(f"{group}={name}", *NEEDS.get(name, []))
@@ -36,7 +38,7 @@ def test_every_choice_composes(choice: Path):
     assert "_target_" in job.values[group]
 
 
-@pytest.mark.parametrize("choice", AXIS_CHOICES, ids=str)
+@pytest.mark.parametrize("choice", [c for c in RUNNABLE if c.values[0].parts[0] in AXES])
 def test_the_file_of_a_choice_is_named_like_the_object_it_makes(choice: Path):
     axis, name = choice.parts
     made = instantiate(composed(f"{axis}={name}").values[axis])

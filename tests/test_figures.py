@@ -93,7 +93,7 @@ def cell(task, method, granularity, drop, size):
     metrics = {"score": 0.9 - drop, "score_drop": drop, "size_bytes": size}
     metrics |= {"score_drop_ci_low": drop - 0.01, "score_drop_ci_high": drop + 0.01}
     return Record(
-        **(Recipe(method=method, granularity=granularity).names() | {"backend": "reference"}),
+        **(Recipe(method=method, granularity=granularity).names() | {"backend": "native"}),
         **{"cell": f"{task}{method}{granularity}", "key": f"{task}{method}{granularity}", "status": "ok", "task": task},
         **{"family": "cnn", "label": "x", "metrics": metrics, "details": {"metric": "accuracy"}},
     )

@@ -13,7 +13,7 @@ from qbench.record import Record
 
 
 def record(method="ptsq", granularity="per_channel", drop=0.0, size=1000.0, *, task="resnet18", half=0.002, **more):
-    """A finished cell. `half` is half the width of the drop's interval, the fp32 score is 0.9."""
+    """A finished cell of the engine. `half` is half the width of the drop's interval, the fp32 score is 0.9."""
     baseline = method == "fp32"
     metrics = {
         "accuracy": 0.9 - drop,
@@ -31,9 +31,9 @@ def record(method="ptsq", granularity="per_channel", drop=0.0, size=1000.0, *, t
         "peak_memory_bytes": 3.21e7,
     }
     metrics |= more.pop("metrics", {})
-    details = {"metric": "accuracy", "latency_is_result": False} | more.pop("details", {})
-    names = Recipe(method=method, granularity=granularity).names()
-    fields = {"status": "ok", "family": "cnn", "backend": "reference", "label": "label", "seconds": 4.2}
+    details = {"metric": "accuracy", "latency_is_result": True} | more.pop("details", {})
+    names = Recipe(method=method, granularity=granularity, backend="native").names()
+    fields = {"status": "ok", "family": "cnn", "label": "label", "seconds": 4.2}
     fields |= {**names, "task": task, "cell": f"{task}{method}{granularity}{drop}{size}", "metrics": metrics}
     fields |= {"key": fields["cell"], "details": details, "environment": {"fp32_baseline": "eager"}}
     if baseline:
@@ -41,10 +41,15 @@ def record(method="ptsq", granularity="per_channel", drop=0.0, size=1000.0, *, t
     return Record(**(fields | more))
 
 
-def native(speedup, **more):
-    """A cell whose latency is a result."""
+def timed(speedup, **more):
+    """A cell with its speed-up against an fp32 of 10 ms."""
     metrics = {"speedup": speedup, "latency_ms_median": 10 / speedup} | more.pop("metrics", {})
-    return record(backend="native", details={"latency_is_result": True}, metrics=metrics, **more)
+    return record(metrics=metrics, **more)
+
+
+def by_reference(**more):
+    """A cell that the reference ran: its latency is no result."""
+    return record(backend="reference", details={"latency_is_result": False}, **more)
 
 
 FP32 = record("fp32", size=4000.0)
@@ -68,11 +73,14 @@ def test_rows_are_sorted_fp32_first_then_best_score_first():
 
 
 def test_a_row_reads_back():
-    found = row_of(report.table([FP32, BEST, SMALL]), "ptsq tensor sym")
-    assert found == [
-        "P", "ptsq", "tensor", "sym",
-        "85.00", "+5.00", "+4.80..+5.20", "worse", "99.00", "0.00100", "0.250", "~12.3", "~123", "32.1",
+    fast = timed(2.5, granularity="per_tensor", drop=0.05, metrics={"speedup_b16": 1.25})
+    text = report.table([FP32, BEST, fast])
+    assert row_of(text, "ptsq tensor sym") == [
+        "P", "ptsq", "tensor", "sym", "85.00", "+5.00", "+4.80..+5.20", "worse", "99.00",
+        "0.00100", "0.250", "4.00", "123", "2.50", "1.25", "32.1",
     ]  # fmt: skip
+    assert text.splitlines()[0].endswith("speed-ups are against eager fp32")
+    assert "~" not in text
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,7 @@ def test_equal_cells_are_both_on_the_front():
 
 
 def test_latency_puts_a_cell_on_the_front_only_where_it_is_a_result():
-    slow, fast = native(1.0, drop=0.01), native(2.0, drop=0.02, size=1100.0)
+    slow, fast = timed(1.0, drop=0.01), timed(2.0, drop=0.02, size=1100.0)
     assert comparison.pareto([slow, fast]) == [slow, fast]
     reference = dataclasses.replace(fast, details={"latency_is_result": False})
     assert comparison.pareto([slow, reference]) == [slow]
@@ -119,7 +127,7 @@ def test_best_cells_that_do_not_differ_are_said_to_be_so():
 
 
 def test_reference_latency_is_labelled_and_has_no_speedup():
-    slow = record(metrics={"speedup": 0.01, "speedup_b16": 0.02})
+    slow = by_reference(metrics={"speedup": 0.01, "speedup_b16": 0.02})
     text = report.table([FP32, slow])
     assert "~12.3" in row_of(text, "ptsq channel sym")
     assert "speed-" not in text
@@ -131,16 +139,16 @@ def test_reference_latency_is_labelled_and_has_no_speedup():
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
-        (record(metrics={"speedup": 0.1}), "reference: exact, not fast"),
-        (native(0.5, method="woq", metrics={"int8_mac_fraction": 0.0}), "weights are dequantized, arithmetic stays"),
+        (by_reference(metrics={"speedup": 0.1}), "reference: exact, not fast"),
+        (timed(0.5, method="woq", metrics={"int8_mac_fraction": 0.0}), "weights are dequantized, arithmetic stays"),
         (
-            native(1.5, method="woq", metrics={"int8_mac_fraction": 0.0, "speedup_b16": 0.9}),
+            timed(1.5, method="woq", metrics={"int8_mac_fraction": 0.0, "speedup_b16": 0.9}),
             "stays float: compute-bound at batch 16",
         ),
-        (native(0.5, method="ptdq", metrics={"int8_mac_fraction": 1.0}), "a pass over the activations"),
-        (native(0.5, metrics={"int8_mac_fraction": 0.25}), "only 25 % of the multiplications run in int8"),
-        (native(0.5, environment={"vnni": False}), "no int8 instructions"),
-        (native(0.5, environment={"vnni": True}), "small layers"),
+        (timed(0.5, method="ptdq", metrics={"int8_mac_fraction": 1.0}), "a pass over the activations"),
+        (timed(0.5, metrics={"int8_mac_fraction": 0.25}), "only 25 % of the multiplications run in int8"),
+        (timed(0.5, environment={"vnni": False}), "no int8 instructions"),
+        (timed(0.5, environment={"vnni": True}), "small layers"),
     ],
     ids=["reference", "woq", "woq b16", "ptdq", "float part", "no vnni", "small"],
 )
@@ -151,7 +159,7 @@ def test_a_speedup_below_one_has_its_reason(cell, reason):
 
 
 def test_a_fast_cell_needs_no_reason():
-    assert comparison.slow_reason(native(1.5, metrics={"speedup_b16": 1.2})) is None
+    assert comparison.slow_reason(timed(1.5, metrics={"speedup_b16": 1.2})) is None
 
 
 def test_failed_and_skipped_cells_stand_with_their_sentence():
@@ -167,9 +175,7 @@ def test_failed_and_skipped_cells_stand_with_their_sentence():
 def test_the_widest_table_fits_its_width():
     speed = {"speedup_b16": 1.234, "sqnr_db": 40.0, "int8_mac_fraction": 1.0}
     cells = [
-        native(
-            1.2, drop=0.01 * n, size=1e6 * n, observer="moving_average", activation_scheme="symmetric", metrics=speed
-        )
+        timed(1.2, drop=0.01 * n, size=1e6 * n, observer="moving_average", activation_scheme="symmetric", metrics=speed)
         for n in range(1, 4)
     ]
     for width in (120, 100):
@@ -179,7 +185,7 @@ def test_the_widest_table_fits_its_width():
 
 
 def test_shared_options_leave_the_rows_and_stand_below():
-    text = report.table([native(2.0), native(2.0, observer="mse")])
+    text = report.table([timed(2.0), timed(2.0, observer="mse")])
     assert "native" not in row_of(text, "ptsq channel sym mse")
     assert "observer minmax" in text
     assert "backend native." in text.replace("\n   ", " ")
@@ -202,21 +208,23 @@ def test_one_line():
     cell = record(drop=0.001, size=11.2e6, metrics={"sqnr_db": 25.04}, notes=["batch_dependent", "disturbed"])
     assert report.one_line(cell) == (
         "resnet18 ptsq channel sym: accuracy 89.90%, drop +0.10 not significant, SQNR 25.0 dB, 11.2 MB, "
-        "~12.3 ms reference, batch_dependent, 4 s"
+        "12.3 ms, batch_dependent, disturbed, 4 s"
     )
-    assert report.one_line(native(2.0)).endswith("5.00 ms, 2.00x fp32, 4 s")
+    slow = by_reference(metrics={"speedup": 0.01}, notes=["batch_dependent", "disturbed"])
+    assert report.one_line(slow).startswith("resnet18 ptsq channel sym ref: accuracy 90.00%")
+    assert report.one_line(slow).endswith("~12.3 ms reference, batch_dependent, 4 s")
+    assert report.one_line(timed(2.0)).endswith("5.00 ms, 2.00x fp32, 4 s")
 
 
 def test_notes_are_explained():
     words = ["disturbed", "few_units"]
-    fp32 = dataclasses.replace(FP32, backend="native")
-    text = report.table([fp32, native(2.0, notes=words), native(2.0, method="woq", notes=["few_units"])])
+    text = report.table([FP32, timed(2.0, notes=words), timed(2.0, method="woq", notes=["few_units"])])
     assert "disturbed: ptsq channel sym: its time alone" in text
     assert "few_units: ptsq channel sym, woq channel sym: fewer than 20" in text
 
 
 def test_notes_on_a_latency_that_is_no_result_are_left_out():
-    text = report.table([FP32, record(notes=["disturbed", "one_process", "few_units"])])
+    text = report.table([FP32, by_reference(notes=["disturbed", "one_process", "few_units"])])
     assert "few_units" in text
     assert "disturbed" not in text
     assert "one_process" not in text
@@ -230,12 +238,12 @@ def test_no_records_make_no_crash(tmp_path):
 
 def test_summary_reads_back(tmp_path):
     failed = record("ptdq", status="failed", error="a | b", metrics={})
-    report.write_summary([FP32, record(metrics={"speedup": 0.01}), native(2.0), failed], tmp_path)
+    report.write_summary([FP32, by_reference(metrics={"speedup": 0.01}), timed(2.0), failed], tmp_path)
     rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == ["fp32", "ptsq", "ptsq", "ptdq"]
     assert float(rows[1]["size_bytes"]) == 1000.0
     assert [row["speedup"] for row in rows] == ["", "", "2.0", ""]
-    assert [row["latency_is_result"] for row in rows] == ["True", "False", "True", "False"]
+    assert [row["latency_is_result"] for row in rows] == ["True", "False", "True", "True"]
     text = (tmp_path / "summary.md").read_text()
     assert "## resnet18" in text
     assert "- failed ptdq channel sym: a \\| b" in text

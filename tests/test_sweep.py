@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from user_project import TEMPORARY, command, environment, make, qbench
+from user_project import TEMPORARY, command, environment, make, needs_engine, qbench
 
 from qbench import cli, workers
 from qbench.record import read_record
+
+pytestmark = needs_engine
 
 SWEEP = "+sweep=tiny"
 
@@ -97,6 +99,9 @@ def test_a_sweep_runs_every_cell_and_shows_a_table(swept):
 def test_progress_says_which_cell_and_how_many_are_left(swept):
     _, ended = swept
     assert "4 cells, 0 finished, 4 to run; tiny[fp32] first" in ended.stdout
+    (static,) = [line for line in ended.stdout.splitlines() if line.startswith("[4/4] tiny ptsq channel sym: accuracy")]
+    assert "x fp32, " in static  # the engine's time is a result
+    assert "~" not in static
     assert [line for line in ended.stdout.splitlines() if line.startswith("[1/4] tiny fp32: accuracy")]
     assert "[2/4] tiny[woq-per_channel-symmetric]; 3 left, about" in ended.stderr
     assert "preparing tiny" in ended.stderr
@@ -107,7 +112,7 @@ def test_a_record_says_how_to_run_it_alone(swept):
     details = records(folder)["ptsq"].details
     assert details["command"] == "python -m qbench --config-dir my task=tiny method=ptsq measure=least force=true"
     assert details["log"] == f"results/runs/{records(folder)['ptsq'].key}/log.txt"
-    assert details["latency_is_result"] is False
+    assert details["latency_is_result"] is True
     assert details["metric"] == "accuracy"
     assert details["fp32_baselines"]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_report import record
-from user_project import make
+from test_report import by_reference, record
+from user_project import make, needs_engine
 
 from qbench import cli, textbook, timing_lock, workers
 from qbench.recipe import Recipe
-from qbench.textbook import methods, tensors
+from qbench.textbook import methods, speed, tensors
 from qbench.textbook.claims import Question
 from qbench.textbook.selection import Selection, command
 from qbench.textbook.verdicts import FAILS, HOLDS, OPEN, UNTESTED, WEAKLY
@@ -19,7 +19,7 @@ from qbench.textbook.verdicts import FAILS, HOLDS, OPEN, UNTESTED, WEAKLY
 
 def cell(method="ptsq", drop=0.0, sqnr_db=30.0, *, task="resnet18", family="cnn", int8=1.0, half=0.002, **choices):
     """A finished cell of a task whose fp32 score is 0.9: 1 % of it is 0.9 points."""
-    names = Recipe(method=method, **choices).names()
+    names = Recipe(method=method, **({"backend": "native"} | choices)).names()
     metrics = {"sqnr_db": sqnr_db, "int8_mac_fraction": int8}
     words = [f"{axis}={name}" for axis, name in choices.items()]
     line = shlex.join(["python", "-m", "qbench", f"task={task}", f"method={method}", *words, "force=true"])
@@ -110,18 +110,70 @@ def test_who_is_suited_depends_on_the_family():
     assert [(row.texts[0], row.texts[2], row.word) for row in rows] == [("lstm", "ptdq", HOLDS), ("gan", "ptsq", FAILS)]
 
 
-def test_speed_is_never_compared_where_it_is_no_result():
-    fast = {"speedup": 2.0, "speedup_ci_low": 1.9, "speedup_ci_high": 2.1}
-    slow = {"speedup": 1.0, "speedup_ci_low": 0.9, "speedup_ci_high": 1.1}
-    cells = [cell("ptsq"), cell("ptdq")]
-    for made, speed in zip(cells, (fast, slow), strict=True):
-        made.metrics.update(speed)
-    (row,) = methods.suited_speed(asked(*cells))
-    assert (row.texts[3], row.word) == ("no result with backend reference", UNTESTED)
-    for made in cells:
-        made.details["latency_is_result"] = True
-    (row,) = methods.suited_speed(asked(*cells))
-    assert (row.texts[3], row.word) == ("+1.00 (+0.80 to +1.20)", HOLDS)
+def with_speed(made, value, half=0.1, **more):
+    """The cell with a speed-up at both batches, the larger one's half as high."""
+    at = {"": value, "_b16": value / 2}
+    speeds = {f"speedup{s}": v for s, v in at.items()}
+    speeds |= {f"speedup_ci_low{s}": v - half for s, v in at.items()}
+    speeds |= {f"speedup_ci_high{s}": v + half for s, v in at.items()}
+    return dataclasses.replace(made, metrics=made.metrics | speeds, **more)
+
+
+def test_int8_is_faster_where_the_interval_of_the_speedup_is_above_one():
+    cells = [with_speed(cell("ptsq"), 2.0), with_speed(cell("qat"), 2.3), with_speed(cell("ptdq"), 0.8)]
+    rows = speed.computing(asked(cell("fp32"), with_speed(cell("woq"), 3.0), *cells))  # woq computes in float
+    assert [row.texts for row in rows] == [
+        ("resnet18", "ptdq", "1", "0.80 (0.70 to 0.90)"),
+        ("resnet18", "ptdq", "16", "0.40 (0.30 to 0.50)"),
+        ("resnet18", "ptsq", "1", "2.00 (1.90 to 2.10)"),
+        ("resnet18", "ptsq", "16", "1.00 (0.90 to 1.10)"),
+        ("resnet18", "qat", "1", "2.30 (2.20 to 2.40)"),
+        ("resnet18", "qat", "16", "1.15 (1.05 to 1.25)"),
+    ]
+    assert words(rows) == [FAILS, FAILS, HOLDS, OPEN, HOLDS, HOLDS]
+    (row, _) = speed.computing(asked(with_speed(cell("ptsq"), 2.0, notes=["disturbed"])))
+    assert row.texts[3] == "2.00 (1.90 to 2.10), disturbed"
+
+
+def test_who_is_suited_by_speed_depends_on_the_family():
+    cells = [with_speed(cell(method, task="lstm", family="lstm"), v) for method, v in (("ptdq", 1.0), ("ptsq", 3.0))]
+    cells += [with_speed(cell("ptsq"), 2.0), with_speed(cell("ptdq"), 1.7)]
+    rows = speed.suited_speed(asked(*cells))
+    assert rows[0].texts == (
+        "lstm",
+        "lstm",
+        "ptdq",
+        "1",
+        "1.00 (0.90 to 1.10)",
+        "3.00 (2.90 to 3.10)",
+        "-2.00 (-2.20 to -1.80)",
+    )
+    assert [(row.texts[2], row.texts[3], row.word) for row in rows] == [
+        ("ptdq", "1", FAILS),
+        ("ptdq", "16", FAILS),
+        ("ptsq", "1", HOLDS),  # 0.3 (0.1 to 0.5)
+        ("ptsq", "16", OPEN),  # 0.15 (-0.05 to 0.35)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"backend": "reference", "details": by_reference().details}, "no result with backend reference"),
+        ({"notes": ["one_process"]}, "timed in one process only"),
+        ({"metrics": record().metrics}, "not measured"),
+    ],
+    ids=["the reference", "one process", "no speed-up"],
+)
+def test_speed_is_never_judged_where_it_is_no_result(change, text):
+    advised, other = with_speed(cell("ptsq"), 2.0), with_speed(cell("ptdq"), 1.0)
+    without = dataclasses.replace(advised, **change)
+    rows = speed.suited_speed(asked(without, other))
+    assert [(row.texts[4:], row.word) for row in rows] == [
+        ((text, "1.00 (0.90 to 1.10)", ""), UNTESTED),
+        ((text, "0.50 (0.40 to 0.60)", ""), UNTESTED),
+    ]
+    assert words(speed.computing(asked(without))) == [UNTESTED, UNTESTED]
 
 
 def trained(drop):
@@ -231,6 +283,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run_here
 
 
+@needs_engine
 def test_a_finished_sweep_writes_its_page_again_without_running(run):
     code, said, _ = run("+sweep=claims")
     assert code == 0
@@ -244,6 +297,7 @@ def test_a_finished_sweep_writes_its_page_again_without_running(run):
     assert page.read_text() == first
 
 
+@needs_engine
 def test_the_lines_of_a_sweep_are_joined_and_the_command_line_wins(run):
     _, said, _ = run("+sweep=claims", "dry_run=true")
     assert said.splitlines()[:2] == ["to do  tiny[fp32]", "to do  tiny[ptsq-per_channel-symmetric output=int8]"]

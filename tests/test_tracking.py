@@ -28,7 +28,7 @@ OK = Record(
     activation_scheme="affine",
     observer="moving_average",
     output="float",
-    backend="reference",
+    backend="native",
     label="ptsq-c-s",
     metrics={
         "score": 0.876543,
@@ -36,15 +36,16 @@ OK = Record(
         "score_drop": 0.0044,
         "size_bytes": 11234567.0,
         "latency_ms_median": 123.456,
-        "speedup": 0.05,
-        "speedup_b16": 0.04,
+        "speedup": 2.54321,
+        "speedup_b16": 1.9,
     },
     environment={"fp32_baseline": "eager"},
     started="2026-11-23T07:00:00+00:00",
     seconds=12.5,
     notes=["disturbed"],
-    details={"latency_is_result": False, "artifacts": ["program.txt", "plots/a.png", "model.qb", "missing.txt"]},
+    details={"latency_is_result": True, "artifacts": ["program.txt", "plots/a.png", "model.qb", "missing.txt"]},
 )
+SLOW = dataclasses.replace(OK, cell="s", key="s1", backend="reference", details={"latency_is_result": False})
 FAILED = dataclasses.replace(OK, cell="c2", key="k2", status="failed", error="out of memory", metrics={}, details={})
 
 
@@ -95,7 +96,7 @@ def test_a_record_is_one_flat_run(results):
     assert "mlflow.parentRunId" not in tags
 
 
-def test_values_have_four_digits_and_a_reference_has_no_speedup(results):
+def test_values_have_four_digits(results):
     assert runs(results)["k1"].data.metrics == {
         "score": 0.8765,
         "score_fp32": 0.88,
@@ -103,8 +104,22 @@ def test_values_have_four_digits_and_a_reference_has_no_speedup(results):
         "drop_percent": 0.5,
         "size_bytes": 11230000.0,
         "latency_ms_median": 123.5,
+        "speedup": 2.543,
+        "speedup_b16": 1.9,
     }
-    assert runs(results)["k1"].data.tags["qbench.latency"] == "reference"
+    assert runs(results)["k1"].data.tags["qbench.latency"] == "measured"
+
+
+def test_a_reference_is_labelled_and_has_no_speedup(empty_store):
+    assert tracking.log(SLOW, empty_store, "slow")
+    data = runs(empty_store, "slow")["s1"].data
+    assert (data.tags["qbench.latency"], data.params["latency"], data.params["backend"]) == (
+        "reference",
+        "reference",
+        "ref",
+    )
+    assert data.metrics["latency_ms_median"] == 123.5
+    assert not [name for name in data.metrics if "speedup" in name]
 
 
 def test_options_are_short_labels(results):
@@ -112,7 +127,7 @@ def test_options_are_short_labels(results):
     assert params["label"] == "ptsq-c-s"
     names = ("method", "granularity", "scheme", "observer", "activation_granularity")
     assert [params[name] for name in names] == ["ptsq", "channel", "sym", "movavg", "-"]
-    assert (params["task"], params["latency"], params["notes"]) == ("resnet18", "reference", "disturbed")
+    assert (params["task"], params["latency"], params["notes"]) == ("resnet18", "measured", "disturbed")
     assert "granularity_effective" not in params  # as asked: nothing to say
 
 
@@ -181,18 +196,33 @@ def experiment_tags(results):
     return MlflowClient(tracking.store_uri(results)).get_experiment_by_name("qbench").tags
 
 
-def test_the_saved_view_shows_size_latency_and_score(results):
-    key = tracking.deep_link(results, "all", 1234).split("viewStateShareKey=")[1].split("&")[0]
+def saved_view(results, sweep):
+    """Name and content of the view that the sweep's link leads to."""
+    key = tracking.deep_link(results, sweep, 1234).split("viewStateShareKey=")[1].split("&")[0]
     saved = json.loads(experiment_tags(results)[f"mlflow.sharedViewState.{key}"])
     kind, packed = saved["state"].split(";")
-    state = json.loads(zlib.decompress(base64.b64decode(packed)))
-    assert (kind, saved["name"]) == ("deflate", "qbench all: resnet18")
+    assert kind == "deflate"
+    return saved["name"], json.loads(zlib.decompress(base64.b64decode(packed)))
+
+
+def test_the_saved_view_shows_size_latency_and_score(results):
+    name, state = saved_view(results, "all")
+    assert name == "qbench all: resnet18"
     assert state["searchFilter"].startswith("tags.`qbench.sweep` = 'all'")
     assert {"metrics.`size_bytes`", "metrics.`latency_ms_median`", "metrics.`score`", "params.`latency`"} <= set(
         state["selectedColumns"]
     )
-    assert "speedup" not in json.dumps(state)  # the reference's speed is no result
+    assert "metrics.`speedup`" in state["selectedColumns"]
     assert {chart["type"] for chart in state["compareRunCharts"]} == {"PARALLEL", "SCATTER", "BAR"}
+
+
+def test_the_view_of_a_reference_ranks_no_speed(empty_store):
+    tracking.save_view([OK, SLOW], empty_store, "slow view")
+    _, state = saved_view(empty_store, "slow view")
+    assert "speedup" not in json.dumps(state)
+    charts = json.dumps(state["compareRunCharts"])
+    assert "size_ratio" in charts
+    assert "latency" not in charts
 
 
 def test_the_deep_link_leads_to_the_experiment(results):

@@ -8,7 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
+from qbench.native import sources
+
 ROOT = Path(__file__).resolve().parent.parent
+# For tests that name the cells of the default backend; those of its stand-in have backend=reference in their name.
+needs_engine = pytest.mark.skipif(not sources.built(), reason="the native backend is not built here")
 # The lock of timings lies in the folder for temporary files; these tests do not look at times.
 TEMPORARY = tempfile.mkdtemp(prefix="qbench-tests-")
 atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from qbench.native import sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,6 +17,21 @@ if TYPE_CHECKING:
     from qbench.program import Macs
 
 __all__ = ["native", "reference"]
+
+PREFERRED, FALLBACK = "native", "reference"
+WITHOUT_ENGINE = f"{sources.WHY_NOT} ({sources.CURE}); backend: {FALLBACK}, whose latency is no result"
+
+
+@functools.cache
+def default() -> str:
+    """The backend that runs where none is named: native, or reference where that is not built.
+
+    The first time a process falls back, a RuntimeWarning says so.
+    """
+    if sources.built():
+        return PREFERRED
+    warnings.warn(WITHOUT_ENGINE, RuntimeWarning, stacklevel=2)
+    return FALLBACK
 
 
 class Backend(Protocol):

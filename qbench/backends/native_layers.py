@@ -229,7 +229,7 @@ class _Images:
 
     def multiply(self, *arguments: Any) -> int:
         """The engine's products; returns how many."""
-        return int(library().qb_depthwise(*arguments) if self.depthwise else library().qb_layer(*arguments))
+        return int((library().qb_depthwise if self.depthwise else library().qb_layer)(*arguments))
 
     def inward(self, x: Tensor) -> Tensor:
         """[N, H, W, C]."""
@@ -280,7 +280,7 @@ class _Transposed(_Images):
         super().__init__(c)
 
     def prepare(self, c: Constants, weight: Tensor) -> None:
-        """Pack a weight for each phase: the output pixels (y, x) with the same y % stride, x % stride meet the same taps."""
+        """Pack a weight for each phase: output pixels with the same y % stride and x % stride meet the same taps."""
         self.phases = list(itertools.product(*(range(s) for s in self.stride)))
         self.held = [
             packed(self.products(weight, phase), c["weight_zero_point"], self.groups, self.depth_of(phase))

@@ -2,7 +2,8 @@
 
 Python runs the lowered program with a stand-in for the engine that notes calls and executes none, so memory of the
 intermediate results is never touched. Then each of them gets a place in one arena, where results that are not needed at
-the same time lie over each other. A program that computes with torch between the kernels is not planned: it runs as it is.
+the same time lie over each other. What torch computes between the kernels is called as before, between two stretches of
+the list, and leaves its result in the arena too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import operator
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +48,7 @@ COUNTINGS = {
 
 
 class CannotPlanError(Exception):
-    """The program does something between the kernels that a list of engine calls does not hold."""
+    """The program does something between the kernels that cannot be written down."""
 
 
 @dataclass
@@ -80,6 +82,33 @@ class _Call:
     arguments: list[Any] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _View:
+    """A tensor in a buffer."""
+
+    buffer: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int  # elements
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The tensor in the memory of its buffer (bytes)."""
+        whole = memory.numel() // self.dtype.itemsize * self.dtype.itemsize
+        elements = memory[:whole].view(self.dtype)
+        return elements.as_strided(self.shape, self.stride, elements.storage_offset() + self.offset)
+
+
+@dataclass
+class _TorchCall:
+    """An operation of torch: arguments and results with views in the place of tensors in buffers."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    results: list[_View]
+
+
 @dataclass
 class _Structure:
     """A copy of a ctypes structure whose pointers at these byte offsets are addresses in buffers."""
@@ -92,8 +121,8 @@ class _Writer(TorchDispatchMode):
     """Stands in for the engine (its functions by name) and for torch's allocations."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[_Call | _TorchCall] = []
         self.buffers: list[_Buffer] = []
         self.held: list[Any] = []  # constants and structures that the calls point to
         self._starts: list[int] = []
@@ -182,14 +211,41 @@ class _Writer(TorchDispatchMode):
             return result
         if function in COPIES:
             return COPIES[function](self, *args, **kwargs)
-        with torch.utils._python_dispatch._disable_current_modes():
-            result = function(*args, **kwargs)
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and not self.holds(leaf):
-                raise CannotPlanError(str(function))
         if function._schema.is_mutable:
             raise CannotPlanError(str(function))
-        return result
+        if function.is_view or function in VIEWS:
+            with _plain_torch():
+                result = function(*args, **kwargs)
+            if all(self.holds(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)):
+                return result  # aten.to may be a view, or not
+        return self._computed(function, args, kwargs)
+
+    def _computed(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Note an operation of torch; its result is not computed, its shape is."""
+        with _plain_torch():
+            try:
+                meta = function(*pytree.tree_map(_as_meta, args), **pytree.tree_map(_as_meta, kwargs))
+            except (NotImplementedError, RuntimeError) as error:
+                raise CannotPlanError(str(function)) from error
+            results = pytree.tree_map(_like_meta, meta)
+        leaves = pytree.tree_leaves(results)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise CannotPlanError(str(function))
+        for leaf in leaves:
+            self.buffer(leaf)
+        given = (pytree.tree_map(self.view, args), pytree.tree_map(self.view, kwargs))
+        self.calls.append(_TorchCall(function, *given, [self.view(leaf) for leaf in leaves]))
+        return results
+
+    def view(self, value: Any) -> Any:
+        """A tensor in a buffer as a view of it; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        address = self.address(value.untyped_storage().data_ptr())
+        if address is None:
+            self.held.append(value)
+            return value
+        return _View(address.buffer, value.dtype, value.shape, value.stride(), int(value.storage_offset()))
 
     def _filled(self, function: Any, args: Any, kwargs: Any) -> Tensor:
         value = args[1] if function is aten.full.default else 0
@@ -232,13 +288,13 @@ def _clone(writer: _Writer, x: Tensor, memory_format: Any = None) -> Tensor:
 
 
 def _reshape(writer: _Writer, x: Tensor, shape: Sequence[int]) -> Tensor:
-    with torch.utils._python_dispatch._disable_current_modes():
+    with _plain_torch():
         try:
             return x.view(shape)
         except RuntimeError:
             pass
     y = _contiguous(writer, x)
-    with torch.utils._python_dispatch._disable_current_modes():
+    with _plain_torch():
         return y.view(shape)
 
 
@@ -251,7 +307,7 @@ def _cat(writer: _Writer, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     shape[dim] = sum(x.shape[dim] for x in tensors)
     y, start = writer.empty(shape, tensors[0]), 0
     for x in tensors:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _plain_torch():
             part = y.narrow(dim, start, x.shape[dim])
         writer.copy(x, part)
         start += x.shape[dim]
@@ -262,6 +318,34 @@ def _copy(writer: _Writer, y: Tensor, x: Tensor, non_blocking: bool = False) -> 
     return writer.copy(x, y)
 
 
+def _as_meta(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _like_meta(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+
+
+def _plain_torch() -> Any:
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+VIEWS = {  # composite ones, or not marked as such
+    aten.sym_size.int,
+    aten.reshape.default,
+    aten.broadcast_tensors.default,
+    aten.expand_as.default,
+    aten.flatten.using_ints,
+    aten.movedim.int,
+    aten.unflatten.int,
+    aten.chunk.default,
+    aten.narrow.default,
+    aten.contiguous.default,
+}
 COPIES: dict[Any, Callable[..., Tensor]] = {
     aten.contiguous.default: _contiguous,
     aten.clone.default: _clone,
@@ -274,23 +358,25 @@ COPIES: dict[Any, Callable[..., Tensor]] = {
 class Plan:
     """The calls of a program for inputs of these shapes. Of use to one thread at a time."""
 
-    def __init__(self, lowered: Callable[..., Any], leaves: list[Tensor]) -> None:
+    def __init__(self, lowered: Callable[..., Any], leaves: list[Tensor], macs: Macs) -> None:
         """Raises CannotPlanError, and whatever the program raises for inputs that do not fit."""
         writer = _Writer()
+        counted = macs.int8, macs.float32
         inputs = [writer.buffer(torch.empty(leaf.shape, dtype=leaf.dtype)) for leaf in leaves]
         with torch.inference_mode(), writer, written_down(writer):
             outputs = list(lowered(*inputs))
+        self._of_torch = macs.int8 - counted[0], macs.float32 - counted[1]  # counted outside the engine
+        macs.int8, macs.float32 = counted
         if not all(writer.holds(output) for output in outputs):
             raise CannotPlanError("a result that is no tensor of the run")
         self._held = writer.held
         self._inputs = [self._outside(writer, tensor) for tensor in inputs]
         if set(self._inputs) & {self._outside(writer, output) for output in outputs}:
             raise CannotPlanError("an input is returned")
-        self._outputs = [
-            (self._outside(writer, output), output.dtype, output.shape, output.stride(), output.storage_offset())
-            for output in outputs
-        ]
-        self._sizes = {number: writer.buffers[number].size for number, *_ in self._outputs}
+        for output in outputs:
+            self._outside(writer, output)
+        self._outputs = [writer.view(output) for output in outputs]
+        self._sizes = {view.buffer: writer.buffers[view.buffer].size for view in self._outputs}
         for index, call in enumerate(writer.calls):
             for address in _addresses(call):
                 buffer = writer.buffers[address.buffer]
@@ -300,10 +386,9 @@ class Plan:
         self._slots: dict[int, list[tuple[ctypes.c_uint64, int]]] = {
             number: [] for number, buffer in enumerate(writer.buffers) if buffer.outside
         }
-        self._write(writer)
         self._macs = (ctypes.c_int64 * 2)()
         self._run = loaded_library().qb_run
-        self._count = len(writer.calls)
+        self._steps = self._written(writer)
 
     def _outside(self, writer: _Writer, tensor: Tensor) -> int:
         address = writer.address(tensor.untyped_storage().data_ptr())
@@ -311,12 +396,37 @@ class Plan:
         writer.buffers[address.buffer].outside = True
         return address.buffer
 
-    def _write(self, writer: _Writer) -> None:
-        """The words of all calls, with the places of inputs and outputs noted."""
+    def _written(self, writer: _Writer) -> list[tuple[Any, int] | _TorchCall]:
+        """Stretches of engine calls, as words and their number, and what torch computes between them."""
         base = -(-self._arena.data_ptr() // ALIGNMENT) * ALIGNMENT
+        steps: list[tuple[Any, int] | _TorchCall] = []
+        stretch: list[_Call] = []
+        for call in [*writer.calls, None]:
+            if isinstance(call, _Call):
+                stretch.append(call)
+                continue
+            if stretch:
+                steps.append((self._words(writer, stretch, base), len(stretch)))
+                stretch = []
+            if call is not None:
+                in_arena = partial(self._in_arena, writer, base - self._arena.data_ptr())
+                arguments, options = (pytree.tree_map(in_arena, given) for given in (call.arguments, call.options))
+                results = [in_arena(view) for view in call.results]
+                steps.append(_TorchCall(call.function, arguments, options, results))
+        return steps
+
+    def _in_arena(self, writer: _Writer, start: int, value: Any) -> Any:
+        """A view into the arena as a tensor; one of an input or an output is made anew in each run."""
+        if not isinstance(value, _View) or writer.buffers[value.buffer].outside:
+            return value
+        buffer = writer.buffers[value.buffer]
+        return value.of(self._arena[start + buffer.place :][: buffer.size])
+
+    def _words(self, writer: _Writer, calls: list[_Call], base: int) -> Any:
+        """The words of calls, with the places of inputs and outputs noted."""
         words: list[int] = []
         open_words: list[tuple[int, _Address]] = []
-        for call in writer.calls:
+        for call in calls:
             caller = loaded_library().qb_caller(call.function.encode())
             words += [caller, COUNTINGS.get(call.function, NOTHING), len(call.arguments)]
             for value in call.arguments:
@@ -329,9 +439,10 @@ class Plan:
                     open_words.append((len(words), value))
                     value = 0
                 words.append(value & (2**64 - 1))
-        self._words = (ctypes.c_uint64 * max(len(words), 1))(*words)
+        held = (ctypes.c_uint64 * len(words))(*words)
         for index, address in open_words:
-            self._point(writer, ctypes.c_uint64.from_buffer(self._words, 8 * index), address, base)
+            self._point(writer, ctypes.c_uint64.from_buffer(held, 8 * index), address, base)
+        return held
 
     def _point(self, writer: _Writer, slot: ctypes.c_uint64, address: _Address, base: int) -> None:
         if writer.buffers[address.buffer].outside:
@@ -341,32 +452,47 @@ class Plan:
 
     def run(self, leaves: list[Tensor], macs: Macs) -> list[Tensor] | None:
         """The results as new tensors; None where a call failed."""
-        given = [leaf.contiguous() for leaf in leaves]
-        for number, leaf in zip(self._inputs, given, strict=True):
-            self._set(number, leaf)
         memories = {number: torch.empty(size, dtype=torch.uint8) for number, size in self._sizes.items()}
+        for number, leaf in zip(self._inputs, leaves, strict=True):
+            leaf = leaf.contiguous()
+            memories[number] = (
+                leaf.detach().flatten().view(torch.uint8) if leaf.numel() else torch.empty(0, dtype=torch.uint8)
+            )
         for number, memory in memories.items():
-            self._set(number, memory)
-        self._macs[0] = self._macs[1] = 0
-        if self._run(ctypes.addressof(self._words), self._count, ctypes.addressof(self._macs)):
-            return None
+            for slot, offset in self._slots[number]:
+                slot.value = memory.data_ptr() + offset
+        self._macs[0], self._macs[1] = self._of_torch
+        for step in self._steps:
+            if isinstance(step, _TorchCall):
+                _compute(step, memories)
+            elif self._run(ctypes.addressof(step[0]), step[1], ctypes.addressof(self._macs)):
+                return None
         macs.int8 += self._macs[0]
         macs.float32 += self._macs[1]
-        return [
-            memories[number][: memories[number].numel() // dtype.itemsize * dtype.itemsize]
-            .view(dtype)
-            .as_strided(shape, stride, offset)
-            for number, dtype, shape, stride, offset in self._outputs
-        ]
-
-    def _set(self, number: int, tensor: Tensor) -> None:
-        start = tensor.data_ptr()
-        for slot, offset in self._slots[number]:
-            slot.value = start + offset
+        return [view.of(memories[view.buffer]) for view in self._outputs]
 
 
-def _addresses(call: _Call) -> list[_Address]:
+def _compute(call: _TorchCall, memories: dict[int, Tensor]) -> None:
+    """Run an operation of torch, its results into their places."""
+
+    def tensor(value: Any) -> Any:
+        return value.of(memories[value.buffer]) if isinstance(value, _View) else value
+
+    arguments, options = (pytree.tree_map(tensor, given) for given in (call.arguments, call.options))
+    places = [tensor(view) for view in call.results]
+    if len(places) == 1 and "out" in call.function.overloadpacket.overloads():
+        call.function.overloadpacket.out(*arguments, **options, out=places[0])
+        return
+    results = pytree.tree_leaves(call.function(*arguments, **options))
+    for place, result in zip(places, results, strict=True):
+        place.copy_(result)
+
+
+def _addresses(call: _Call | _TorchCall) -> list[_Address]:
     found: list[_Address] = []
+    if isinstance(call, _TorchCall):
+        views = pytree.tree_leaves((call.arguments, call.options, call.results))
+        return [_Address(view.buffer, 0) for view in views if isinstance(view, _View)]
     for value in call.arguments:
         found += list(value.pointers.values()) if isinstance(value, _Structure) else []
         found += [value] if isinstance(value, _Address) else []
@@ -374,7 +500,7 @@ def _addresses(call: _Call) -> list[_Address]:
 
 
 def _place(buffers: list[_Buffer]) -> int:
-    """Place buffers in an arena, the largest first, each at the lowest free place; returns the arena's size in bytes."""
+    """Place buffers in an arena, the largest first, each at the lowest free place; returns its size in bytes."""
     placed: list[_Buffer] = []
     for buffer in sorted(buffers, key=operator.attrgetter("size"), reverse=True):
         if buffer.outside or buffer.first < 0:
@@ -408,7 +534,7 @@ class Planned:
         shapes = tuple(leaf.shape for leaf in leaves)
         idle = self._idle.setdefault(shapes, [])
         try:
-            plan = idle.pop() if idle else Plan(self.lowered, list(leaves))
+            plan = idle.pop() if idle else Plan(self.lowered, list(leaves), self.macs)
         except CannotPlanError:
             self._unplannable = True
             return self.lowered(*leaves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,27 +127,41 @@ def embedding(c: Constants, macs: Macs) -> Kernel:
     zero_point = c["weight_zero_point"]
     zero_point = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
 
-    def rows(indices: Tensor) -> Tensor:
-        own = indices if scale.shape[0] > 1 else indices * 0  # all rows share
-        return dequantize_weight(values[indices], scale[own], zero_point[own], block)
-
-    look_up = rows
     if c["scale"] is not None:
         m = spread(multiplier(1.0, scale, c["scale"]), block, values)
         products = centred(values, zero_point, block).float() * m
         table = saturate_(products, c["zero_point"], c["q_min"], c["q_max"], torch.uint8)
+        look_up = _table_rows(table)
+    else:
 
         def look_up(indices: Tensor) -> Tensor:
-            return table[indices]
+            own = indices if scale.shape[0] > 1 else indices * 0  # all rows share
+            return dequantize_weight(values[indices], scale[own], zero_point[own], block)
 
     def run(indices: Tensor) -> Tensor:
         if indices.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"an embedding takes indices of int64 or int32, not {str(indices.dtype)[6:]}")
-        lowest, highest = (int(end) for end in indices.aminmax()) if indices.numel() else (0, 0)
-        if lowest < 0 or highest >= len(values):
+        try:
+            return look_up(indices.flatten().long()).reshape(*indices.shape, values.shape[1])
+        except IndexError:
+            lowest, highest = (int(end) for end in indices.aminmax())
             raise ValueError(
                 f"an embedding of {len(values)} rows met indices from {lowest} to {highest}, not 0 to {len(values) - 1}"
-            )
-        return look_up(indices.flatten().long()).reshape(*indices.shape, values.shape[1])
+            ) from None
 
     return run
+
+
+def _table_rows(table: Tensor) -> Callable[[Tensor], Tensor]:
+    """Rows of codes by the engine. Raises IndexError for one that there is not."""
+    table = table.contiguous()
+
+    def look_up(indices: Tensor) -> Tensor:
+        indices = indices.contiguous()
+        y = torch.empty(len(indices), table.shape[1], dtype=table.dtype)
+        sizes = len(table), table.shape[1]
+        if library().qb_rows(table.data_ptr(), *sizes, indices.data_ptr(), len(indices), y.data_ptr()):
+            raise IndexError
+        return y
+
+    return look_up

@@ -79,20 +79,15 @@ struct PackedRows {
   const int8_t* tile(int64_t index) const { return values + index * depth * TILE; }
 };
 
-inline Floats& lanes_at(float* x) { return *reinterpret_cast<Floats*>(x); }
-inline const Floats& lanes_at(const float* x) { return *reinterpret_cast<const Floats*>(x); }
-inline const Ints& lanes_at(const int32_t* x) { return *reinterpret_cast<const Ints*>(x); }
-
 // Scores of one query, filled up with -infinity to whole tiles, to e = exp(score - max), 0 where hidden; returns their sum.
 inline float weigh(float* scores, int64_t stride) {
   Floats most = lanes_at(scores);
   for (int64_t k = TILE; k < stride; k += TILE) most = lanes_at(scores + k) > most ? lanes_at(scores + k) : most;
-  float largest = most[0];
-  for (int j = 1; j < TILE; ++j) largest = std::max(largest, most[j]);
+  const float largest = largest_of(most);
   const float shift = largest > -INFINITY ? largest : 0.0f;
   Floats sum = {};
   for (int64_t k = 0; k < stride; k += TILE) {
-    const Floats score = lanes_at(scores + k), e = score == -INFINITY ? Floats{} : exponential(score - shift);
+    const Floats score = lanes_at(scores + k), e = score == -INFINITY ? Floats{} : exponential_below(score - shift);
     lanes_at(scores + k) = e;
     sum += e;
   }
@@ -153,23 +148,6 @@ struct Heads {  // scratch of a thread for one head of a sample
 // (q - 128) sums to centred ones: sum - (zero - 128) * row sum. The difference is exact, steps of it may wrap.
 inline Ints centred_sums(Ints sums, Ints zeros, int32_t row_sum) {
   return Ints(Wrapping(sums) - Wrapping(zeros - 128) * uint32_t(row_sum));
-}
-
-// `count` of TILE values.
-template <class Out, class Vector>
-inline void put(const Vector& v, int64_t count, Out* y) {
-  if (count >= TILE)
-    std::memcpy(y, &v, sizeof v);
-  else
-    std::memcpy(y, &v, count * sizeof(Out));
-}
-
-// TILE of `count` values, the rest as many zeros.
-template <class Vector, class In>
-inline Vector taken(const In* x, int64_t count) {
-  Vector v = {};
-  std::memcpy(&v, x, std::min<int64_t>(count, TILE) * sizeof(In));
-  return v;
 }
 
 // Adds the mask, and hides what is after the query and behind the last key.

@@ -15,7 +15,7 @@ void in_parts(int64_t count, const F& run) {
 
 void quantize(const float* x, int64_t count, float scale, Codes codes, uint8_t* y) {
   in_parts(count, [=](int64_t i, int64_t end) {
-    encode(codes, i, end, y, [x, scale](int64_t k) { return x[k] / scale; });
+    encode(codes, i, end, y, [=](int64_t k, int64_t some) { return taken<Floats>(x + k, some) / scale; });
   });
 }
 
@@ -35,23 +35,22 @@ int32_t quantize_rows(const float* x, int64_t rows, int64_t count, bool affine, 
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : odd) if (threads > 1)
   for (int64_t row = 0; row < rows; ++row) {
     const float* at = x + row * count;
-    float low[TILE], high[TILE];
-    int32_t exponents = 0;
-    for (int j = 0; j < TILE; ++j) low[j] = high[j] = 0.0f;
-    int64_t i = 0;
-    for (; i + TILE <= count; i += TILE)
-      for (int j = 0; j < TILE; ++j) {
-        const float v = at[i + j];
-        low[j] = v < low[j] ? v : low[j];
-        high[j] = v > high[j] ? v : high[j];
-        exponents |= (bits_of(v) & 0x7F800000) == 0x7F800000;
-      }
-    for (; i < count; ++i) {
-      low[0] = std::min(low[0], at[i]);
-      high[0] = std::max(high[0], at[i]);
-      exponents |= (bits_of(at[i]) & 0x7F800000) == 0x7F800000;
+    Floats low = {}, high = {};
+    Ints odd_ones = {};
+    for (int64_t i = 0; i < count; i += TILE) {
+      const Floats v = taken<Floats>(at + i, count - i);
+#if defined(QB_AVX512)
+      low = Floats(_mm512_min_ps(__m512(v), __m512(low))), high = Floats(_mm512_max_ps(__m512(v), __m512(high)));
+#else
+      low = v < low ? v : low, high = v > high ? v : high;
+#endif
+      odd_ones |= (__builtin_bit_cast(Ints, v) & 0x7F800000) == 0x7F800000;
     }
-    for (int j = 1; j < TILE; ++j) low[0] = std::min(low[0], low[j]), high[0] = std::max(high[0], high[j]);
+    int32_t exponents = 0;
+    for (int j = 0; j < TILE; ++j) {
+      low[0] = std::min(low[0], low[j]), high[0] = std::max(high[0], high[j]);
+      exponents |= odd_ones[j];
+    }
     if (exponents) {
       odd = 1;
       continue;
@@ -60,22 +59,22 @@ int32_t quantize_rows(const float* x, int64_t rows, int64_t count, bool affine, 
     const Codes codes(zero_points[row], affine ? 0 : 1, 255);
     const float scale = scales[row];
     uint8_t* out = y + row * count;
-    encode(codes, 0, count, out, [at, scale](int64_t k) { return at[k] / scale; });
+    encode(codes, 0, count, out, [=](int64_t k, int64_t some) { return taken<Floats>(at + k, some) / scale; });
   }
   return odd;
 }
 
 void dequantize(const uint8_t* x, int64_t count, float scale, int32_t zero_point, float* y) {
   in_parts(count, [=](int64_t i, int64_t end) {
-    for (; i < end; ++i) y[i] = float(int32_t(x[i]) - zero_point) * scale;
+    for (; i < end; i += TILE) put(centred_codes(x + i, end - i, zero_point) * scale, end - i, y + i);
   });
 }
 
 void add(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, float m_a, int32_t b_zero, float m_b,
          Codes codes, uint8_t* y) {
   in_parts(count, [=](int64_t i, int64_t end) {
-    encode(codes, i, end, y, [=](int64_t k) {
-      return float(int32_t(a[k]) - a_zero) * m_a + float(int32_t(b[k]) - b_zero) * m_b;
+    encode(codes, i, end, y, [=](int64_t k, int64_t some) {
+      return centred_codes(a + k, some, a_zero) * m_a + centred_codes(b + k, some, b_zero) * m_b;
     });
   });
 }
@@ -83,14 +82,31 @@ void add(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, floa
 void mul(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, int32_t b_zero, float m, Codes codes,
          uint8_t* y) {
   in_parts(count, [=](int64_t i, int64_t end) {
-    encode(codes, i, end, y, [=](int64_t k) {
-      return float((int32_t(a[k]) - a_zero) * (int32_t(b[k]) - b_zero)) * m;
+    encode(codes, i, end, y, [=](int64_t k, int64_t some) {  // products of integers below 2^24: exact
+      return centred_codes(a + k, some, a_zero) * centred_codes(b + k, some, b_zero) * m;
     });
   });
 }
 
+#if defined(QB_AVX512)
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) void look_up_64(const uint8_t* x, int64_t count,
+                                                                          const uint8_t* table, uint8_t* y) {
+  const __m512i a = _mm512_loadu_si512(table), b = _mm512_loadu_si512(table + 64);
+  const __m512i c = _mm512_loadu_si512(table + 128), d = _mm512_loadu_si512(table + 192);
+  for (int64_t i = 0; i < count; i += 64) {
+    const uint64_t there = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
+    const __m512i index = _mm512_maskz_loadu_epi8(there, x + i);
+    const __m512i low = _mm512_permutex2var_epi8(a, index, b), high = _mm512_permutex2var_epi8(c, index, d);
+    _mm512_mask_storeu_epi8(y + i, there, _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high));
+  }
+}
+#endif
+
 void look_up(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) {
   in_parts(count, [=](int64_t i, int64_t end) {
+#if defined(QB_AVX512)
+    if (__builtin_cpu_supports("avx512vbmi")) return look_up_64(x + i, end - i, table, y + i);
+#endif
     for (; i < end; ++i) y[i] = table[x[i]];
   });
 }
@@ -151,7 +167,11 @@ void average(const uint8_t* x, const Averaging& a, int64_t samples, Codes codes,
         }
       uint8_t* out = y + (line * a.out_width + j) * a.channels;
       const float m = a.multipliers[i * a.out_width + j];
-      encode(codes, 0, a.channels, out, [sums, m](int64_t c) { return float(sums[c]) * m; });
+      encode(codes, 0, a.channels, out, [=](int64_t c, int64_t some) {
+        float values[TILE] = {};
+        for (int64_t j = 0; j < some; ++j) values[j] = float(sums[c + j]);
+        return lanes_at(values) * m;
+      });
     }
   }
 }
@@ -161,8 +181,8 @@ void channel_affine(const uint8_t* x, int64_t pixels, int64_t channels, int32_t 
                     const float* beta, Codes codes, uint8_t* y) {
   in_parts(pixels, [=](int64_t pixel, int64_t end) {
     for (; pixel < end; ++pixel)
-      encode(codes, 0, channels, y + pixel * channels, [at = x + pixel * channels, x_zero, gamma, beta](int64_t c) {
-        return float(int32_t(at[c]) - x_zero) * gamma[c] + beta[c];
+      encode(codes, 0, channels, y + pixel * channels, [=, at = x + pixel * channels](int64_t c, int64_t some) {
+        return centred_codes(at + c, some, x_zero) * taken<Floats>(gamma + c, some) + taken<Floats>(beta + c, some);
       });
   });
 }

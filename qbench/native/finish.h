@@ -2,21 +2,6 @@
 
 namespace {
 
-// TILE lanes; compilers lower them to the registers that there are.
-typedef float Floats __attribute__((vector_size(TILE * 4), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(TILE * 4), aligned(4), may_alias));
-typedef uint32_t Wrapping __attribute__((vector_size(TILE * 4), aligned(4), may_alias));
-typedef uint8_t Bytes __attribute__((vector_size(TILE), aligned(1), may_alias));
-
-inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
-
-// R without its zero point, TILE at once; see `rounded`.
-inline Ints rounded_lanes(Floats v, float low, float high) {
-  v = v > low ? v : Floats{} + low;
-  v = v < high ? v : Floats{} + high;
-  return __builtin_bit_cast(Ints, v + ROUNDER) - ROUNDER_BITS;
-}
-
 struct Finisher {
   const Weight& weight;
   const Finish& finish;
@@ -125,7 +110,7 @@ struct Finisher {
     const float low = float(finish.q_min - finish.zero_point), high = float(finish.q_max - finish.zero_point);
     for (int n = 0; n < wide; ++n) {
       const Ints q = rounded_lanes(*reinterpret_cast<const Floats*>(t + n * TILE), low, high) + finish.zero_point;
-      put(__builtin_convertvector(q, Bytes), n, y);
+      if (n * TILE < outputs) put(__builtin_convertvector(q, Bytes), outputs - n * TILE, y + n * TILE);
     }
   }
 
@@ -133,25 +118,17 @@ struct Finisher {
     for (int n = 0; n < wide; ++n) {
       Floats v = *reinterpret_cast<const Floats*>(t + n * TILE);
       if (finish.last) v += *reinterpret_cast<const Floats*>(finish.last + offset + n * TILE);
-      v = v < finish.low ? Floats{} + finish.low : v;  // NaN stays NaN, as torch's clamp has it
-      v = v > finish.high ? Floats{} + finish.high : v;
-      put(v, n, y);
+      v = at_most(at_least(v, finish.low), finish.high);  // NaN stays NaN, as torch's clamp has it
+      if (n * TILE < outputs) put(v, outputs - n * TILE, y + n * TILE);
     }
-  }
-
-  template <class Vector, class Out>
-  void put(const Vector& v, int n, Out* y) const {
-    const int64_t left = outputs - n * TILE;
-    if (left >= TILE)
-      std::memcpy(y + n * TILE, &v, sizeof v);
-    else if (left > 0)
-      std::memcpy(y + n * TILE, &v, left * sizeof(Out));
   }
 
   // All of it where a layer has one block and nothing to start from: sums [count][wide * TILE] to results.
   void whole(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums, float* t) {
 #if defined(QB_AVX512)
     if (!finish.to_float && !rows.scales && fresh()) return static_codes(row, count, sums, row_sums);
+    if (finish.to_float && raw && rows.scales && fresh() && !finish.bias && !operands.residual)
+      return dynamic_floats(row, count, sums, row_sums);
 #endif
     if (!fresh()) begin(count, t);
     add(row, count, sums, row_sums, t);
@@ -168,6 +145,33 @@ struct Finisher {
     if (wide == 3) return rows_of_codes<3, false>(count, sums, row_sums);
     if (wide == 2) return rows_of_codes<2, false>(count, sums, row_sums);
     return rows_of_codes<1, false>(count, sums, row_sums);
+  }
+
+  // As `whole` for float32 where the rows of x have their own scales and zero points.
+  void dynamic_floats(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) const {
+    const int32_t *zeros = zero_points(), *totals = weight.totals + block_ * of_block + offset;
+    const bool clamps = finish.low > -INFINITY || finish.high < INFINITY;
+    for (int n = 0; n < wide; ++n) {
+      const int64_t left = outputs - n * TILE;
+      if (left <= 0) return;
+      const __mmask16 there = left >= TILE ? 0xFFFF : __mmask16((1 << left) - 1);
+      const __m512 m = _mm512_loadu_ps(finish.multiplier + offset + n * TILE);
+      const __m512 last = finish.last ? _mm512_loadu_ps(finish.last + offset + n * TILE) : _mm512_setzero_ps();
+      const __m512i zero = zeros ? _mm512_loadu_si512(zeros + n * TILE) : _mm512_setzero_si512();
+      const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(totals + n * TILE),
+                                             _mm512_mullo_epi32(zero, _mm512_set1_epi32(int32_t(taps))));
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t own = rows.of(row + r);
+        __m512i acc = _mm512_loadu_si512(sums + (r * wide + n) * TILE);
+        acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(total, _mm512_set1_epi32(rows.zero_points[own])));
+        if (zeros) acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(zero, _mm512_set1_epi32(row_sums[r])));
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(rows.scales[own]), m);
+        __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), scale);
+        if (finish.last) v = _mm512_add_ps(v, last);
+        if (clamps) v = __m512(at_most(at_least(Floats(v), finish.low), finish.high));
+        _mm512_mask_storeu_ps(static_cast<float*>(operands.y) + at(r) + n * TILE, there, v);
+      }
+    }
   }
 
   template <int C, bool PLAIN>

@@ -21,7 +21,7 @@ class EngineHook(BuildHookInterface[Any]):
         if self.target_name != "wheel":
             return
         if reason := build.build():
-            self.app.display_warning(f"qbench: the native backend was not built: {reason}; the reference is slower")
+            self.app.display_warning(f"qbench: the native backend was not built: {reason}; the reference runs instead")
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

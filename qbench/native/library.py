@@ -62,8 +62,8 @@ class Window(Structure):
         (name, c_int64)
         for name in (
             "height", "width", "channels", "out_height", "out_width", "kernel_height", "kernel_width", "stride_height",
-            "stride_width", "padding_height", "padding_width", "dilation_height", "dilation_width", "block", "result_height",
-            "result_width", "first_row", "first_column", "step_height", "step_width",
+            "stride_width", "padding_height", "padding_width", "dilation_height", "dilation_width", "block",
+            "result_height", "result_width", "first_row", "first_column", "step_height", "step_width",
         )
     ]  # fmt: skip
 

@@ -10,21 +10,23 @@ void layer_norm(const uint8_t* x, int64_t rows, int64_t count, int32_t x_zero, d
     const uint8_t* at = x + row * count;
     int64_t sum = 0, squares = 0;
     for (int64_t first = 0; first < count; first += 1 << 14) {  // 255^2 * 2^14 < 2^31
-      int32_t some = 0, some_squares = 0;
+      Ints some = {}, some_squares = {};
       const int64_t end = std::min<int64_t>(count, first + (1 << 14));
-      for (int64_t i = first; i < end; ++i) {
-        const int32_t v = int32_t(at[i]) - x_zero;
+      for (int64_t i = first; i < end; i += TILE) {
+        const Ints v = __builtin_convertvector(taken<Bytes>(at + i, end - i), Ints);
         some += v;
         some_squares += v * v;
       }
-      sum += some;
-      squares += some_squares;
+      for (int j = 0; j < TILE; ++j) sum += some[j], squares += some_squares[j];
     }
+    squares += x_zero * (x_zero * count - 2 * sum);  // of the codes less their zero point
+    sum -= x_zero * count;
     const double mean = double(sum) / double(count), variance = double(squares) / double(count) - mean * mean;
     const float shift = float(mean), rstd = float(x_scale / std::sqrt(variance * (x_scale * x_scale) + eps));
     uint8_t* out = y + row * count;
-    encode(codes, 0, count, out, [=](int64_t i) {
-      return ((float(int32_t(at[i]) - x_zero) - shift) * rstd) * gamma[i] + beta[i];
+    encode(codes, 0, count, out, [=](int64_t i, int64_t some) {
+      const Floats normal = (centred_codes(at + i, some, x_zero) - shift) * rstd;
+      return normal * taken<Floats>(gamma + i, some) + taken<Floats>(beta + i, some);
     });
   }
 }

@@ -7,10 +7,12 @@ constexpr int64_t STEPS_AT_ONCE = 32;  // whose gates stay in the cache
 // One step of one sample: gates i, f, g, o [4 * hidden]; c is read and written.
 inline void cell(const float* __restrict gates, int64_t hidden, float* __restrict c, float* __restrict h) {
   const float *i = gates, *f = gates + hidden, *g = gates + 2 * hidden, *o = gates + 3 * hidden;
-  for (int64_t j = 0; j < hidden; ++j) {
-    const float kept = sigmoid(f[j]) * c[j] + sigmoid(i[j]) * hyperbolic_tangent(g[j]);
-    c[j] = kept;
-    h[j] = sigmoid(o[j]) * hyperbolic_tangent(kept);
+  for (int64_t j = 0; j < hidden; j += TILE) {
+    const int64_t some = hidden - j;
+    const auto at = [j, some](const float* x) { return taken<Floats>(x + j, some); };
+    const Floats kept = sigmoid(at(f)) * at(c) + sigmoid(at(i)) * hyperbolic_tangent(at(g));
+    put(kept, some, c + j);
+    put(sigmoid(at(o)) * hyperbolic_tangent(kept), some, h + j);
   }
 }
 
@@ -46,7 +48,9 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
       uint8_t* out = y + t * n * hidden;
       for_samples(n, hidden, [=, scale = r.scale](int64_t s) {
         cell(step + s * all, hidden, c + s * hidden, values + s * hidden);
-        encode(codes, s * hidden, (s + 1) * hidden, out, [values, scale](int64_t j) { return values[j] / scale; });
+        encode(codes, s * hidden, (s + 1) * hidden, out, [=](int64_t j, int64_t some) {
+          return taken<Floats>(values + j, some) / scale;
+        });
       });
       h = out;
     }

@@ -12,12 +12,12 @@ from pathlib import Path
 from qbench import comparison as compare
 from qbench.record import Record, write_atomic
 from qbench.results import run_folder
-from qbench.textbook import figures, methods, tensors
+from qbench.textbook import figures, methods, speed, tensors
 from qbench.textbook.claims import LIMIT, Claim, Question, Row
 from qbench.textbook.selection import Selection, command
 from qbench.textbook.verdicts import FAILS, HOLDS, MARGIN_DB, OPEN, UNTESTED, WEAKLY, WORDS
 
-CLAIMS = (*methods.CLAIMS, *tensors.CLAIMS)
+CLAIMS = (*methods.CLAIMS, *speed.CLAIMS, *tensors.CLAIMS)
 PAGE = "textbook.md"
 SWEEP = "python -m qbench +sweep=textbook"
 

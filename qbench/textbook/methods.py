@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from qbench import comparison as compare
 from qbench.columns import score
 from qbench.record import Record
 from qbench.results import run_folder
-from qbench.textbook.claims import LIMIT, Claim, Question, Row, in_unit, interval, limit, optional, present
+from qbench.textbook.claims import LIMIT, Claim, Question, Row, in_unit, limit, optional, present
+from qbench.textbook.selection import advised
 from qbench.textbook.verdicts import (
     FAILS,
     HOLDS,
     MARGIN_DB,
     UNTESTED,
     WEAKLY,
-    Difference,
     at_most,
     better,
     drop,
@@ -27,8 +26,6 @@ from qbench.textbook.verdicts import (
 )
 
 INT8 = ("woq", "ptdq", "ptsq", "qat")
-SUITED = {"lstm": "ptdq", "transformer": "ptdq", "cnn": "ptsq", "gan": "ptsq"}
-OTHER = {"ptdq": "ptsq", "ptsq": "ptdq"}
 QUARTER, HALF = 0.3, 0.5  # of the bytes of fp32: scales and the program come on top of the quarter
 
 
@@ -92,43 +89,15 @@ def _stores_only(int8: float | None, decibels: float | None) -> str:
     return HOLDS if decibels >= MARGIN_DB else WEAKLY
 
 
-def _advised(asked: Question) -> Iterator[tuple[str, Record, Record]]:
-    """Each task with the cell of the method that the textbook advises, and that of the other."""
-    for task in asked.cells.tasks:
-        method = SUITED[asked.cells.family(task)]
-        cell, other = asked.cells.cell(task, method), asked.cells.cell(task, OTHER[method])
-        if cell is not None and other is not None:
-            yield task, cell, other
-
-
 def suited_score(asked: Question) -> list[Row]:
     """What the advised method costs against the other."""
     rows = []
-    for task, cell, other in _advised(asked):
+    for task, cell, other in advised(asked.cells):
         cost = gain(other, cell)
         drops = in_unit(cell, drop(cell)), in_unit(other, drop(other)), in_unit(cell, cost)
         texts = (task, cell.family, cell.method, *drops, limit(cell))
         rows.append(Row(texts, at_most(cost, small(cell)), (cell, other)))
     return rows
-
-
-def suited_speed(asked: Question) -> list[Row]:
-    """How much faster the advised method is than the other, where latency is a result."""
-    rows = []
-    for task, cell, other in _advised(asked):
-        more = _faster(cell, other)
-        text = f"no result with backend {cell.backend}" if more is None else interval(more, "+.2f")
-        rows.append(Row((task, cell.family, cell.method, text), better(more, None), (cell, other)))
-    return rows
-
-
-def _faster(one: Record, other: Record) -> Difference | None:
-    """By how much the speed-up of `one` is higher, where both are results and have intervals."""
-    names = ("speedup", "speedup_ci_low", "speedup_ci_high")
-    if not all(compare.latency_counts(cell) and set(names) <= set(cell.metrics) for cell in (one, other)):
-        return None
-    a, b = (Difference(*(cell.metrics[name] for name in names)) for cell in (one, other))
-    return a - b
 
 
 def recovery(asked: Question) -> list[Row]:
@@ -198,15 +167,6 @@ CLAIMS = (
         "where the middle of the interval does.",
         ("task", "family", "advised", "its drop", "drop of the other", "cost against the other", "small"),
         suited_score,
-    ),
-    Claim(
-        "PTDQ suits LSTM and Transformer, PTSQ suits CNN and GAN: the speed",
-        "Post-Training Dynamic Quantization (PTDQ); Post-Training Static Quantization (PTSQ)",
-        "Each saves what its networks lack: memory bandwidth the one, bandwidth and computation the other.",
-        "A row holds where the speed-up of the advised method is above that of the other, intervals apart. A backend "
-        "that exists to be exact has no speed-up: its times are never compared.",
-        ("task", "family", "advised", "speed-up less that of the other"),
-        suited_speed,
     ),
     Claim(
         "Quantization-aware training recovers what PTSQ loses",

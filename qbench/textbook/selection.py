@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from qbench import comparison as compare
 from qbench.record import Record
 
 MAIN = {"granularity": "per_channel", "scheme": "symmetric"}
+SUITED = {"lstm": "ptdq", "transformer": "ptdq", "cnn": "ptsq", "gan": "ptsq"}
+OTHER = {"ptdq": "ptsq", "ptsq": "ptdq"}
 
 
 class Selection:
@@ -38,6 +40,15 @@ class Selection:
             if record.method == method and all(name in (None, wanted[axis]) for axis, name in chosen.items()):
                 return record
         return None
+
+
+def advised(cells: Selection) -> Iterator[tuple[str, Record, Record]]:
+    """Each task with the cell of the method that the textbook advises for its family, and that of the other."""
+    for task in cells.tasks:
+        method = SUITED[cells.family(task)]
+        cell, other = cells.cell(task, method), cells.cell(task, OTHER[method])
+        if cell is not None and other is not None:
+            yield task, cell, other
 
 
 def command(cells: Sequence[Record]) -> str:
