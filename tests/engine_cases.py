@@ -306,13 +306,20 @@ def networks() -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
 
 
 def layers(count: int) -> Iterator[tuple[str, Program, list[Tensor]]]:
-    """Static convolutions, linear layers and transposed convolutions of random shapes and extreme constants."""
+    """Static convolutions, linear layers and transposed convolutions of random shapes and extreme constants.
+
+    Every fifth has what fills whole registers: multiples of 64 inputs, more pixels, kernels of one pixel.
+    """
     for seed in range(count):
         rng = np.random.default_rng(seed)
         kind = ("conv", "linear", "conv_transpose")[seed % 3]
         groups = int(rng.choice([1, 1, 2, 17])) if kind != "linear" else 1
         inputs, outputs = (int(size) for size in rng.integers(1, 35 if groups < 3 else 3, 2))
         kernel, stride, dilation = ([int(v) for v in rng.integers(1, limit, 2)] for limit in (5, 4, 3))
+        large = seed % 5 == 4
+        if large:
+            groups, inputs = 1, 64 * int(rng.integers(1, 3))
+            kernel, stride = ([1, 1], [1, 1]) if seed % 2 else (kernel, stride)
         padding = [int(rng.integers(0, k)) for k in kernel]
         block = int(rng.integers(1, inputs + 1)) if seed % 4 == 3 else inputs
         blocks, scales = -(-inputs // block), int(rng.choice([1, groups * outputs]))
@@ -326,15 +333,15 @@ def layers(count: int) -> Iterator[tuple[str, Program, list[Tensor]]]:
             "bias": rng.integers(-(10**6), 10**6, groups * outputs).astype(np.int32 if blocks == 1 else np.float32),
             "x_scale": 0.02,
             "x_zero_point": int(rng.choice([0, 128, 255])),
-            "scale": [0.5, None, 0.001][seed % 5 % 3],
+            "scale": [0.5, None, 0.001][int(rng.integers(3))],
             "zero_point": int(rng.integers(0, 256)),
             "q_min": 0,
             "q_max": 255,
         }
-        size = [int(v) for v in rng.integers(9, 13, 2)]
+        size = [int(v) for v in (rng.integers(17, 35, 2) if large else rng.integers(9, 13, 2))]
         x = rng.choice([0, 1, 254, 255], (2, groups * inputs, *size))
         if kind == "linear":
-            x = rng.choice([0, 255, 77], (int(rng.integers(1, 60)), inputs))
+            x = rng.choice([0, 255, 77], (int(rng.integers(1, 200 if large else 60)), inputs))
         else:
             arguments |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         if kind == "conv_transpose":
