@@ -308,7 +308,7 @@ class _Transposed(_Images):
 
     def depth_of(self, phase: tuple[int, ...]) -> int:
         """Products in a block of a phase's weight."""
-        return self.block * max(math.prod(len(taps) for taps in self.taps(phase)), 1)
+        return int(self.block * max(math.prod(len(taps) for taps in self.taps(phase)), 1))
 
     def window_of(self, x: Tensor) -> tuple[Any, tuple[int, ...], int]:
         n, h, w, _ = x.shape

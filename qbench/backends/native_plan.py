@@ -216,7 +216,9 @@ class _Writer(TorchDispatchMode):
         if function.is_view or function in VIEWS:
             with _plain_torch():
                 result = function(*args, **kwargs)
-            if all(self.holds(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)):
+            given = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+            got = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            if all(leaf.untyped_storage().data_ptr() in given for leaf in got):
                 return result  # aten.to may be a view, or not
         return self._computed(function, args, kwargs)
 

@@ -153,27 +153,51 @@ void average(const uint8_t* x, const Averaging& a, int64_t samples, Codes codes,
   const int threads = threads_for(samples * a.height * a.width * a.channels, WORTH_A_THREAD_BYTES);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t line = 0; line < lines; ++line) {
-    static thread_local Scratch summed;
-    int64_t* sums = summed.of<int64_t>(a.channels);
-    if (!sums) continue;
     const int64_t sample = line / a.out_height, i = line % a.out_height;
     for (int64_t j = 0; j < a.out_width; ++j) {
       const int64_t pixels = (a.bottoms[i] - a.tops[i]) * (a.rights[j] - a.lefts[j]);
-      std::fill(sums, sums + a.channels, -pixels * a.x_zero);
-      for (int64_t row = a.tops[i]; row < a.bottoms[i]; ++row)
-        for (int64_t column = a.lefts[j]; column < a.rights[j]; ++column) {
-          const uint8_t* at = x + ((sample * a.height + row) * a.width + column) * a.channels;
-          for (int64_t c = 0; c < a.channels; ++c) sums[c] += at[c];
-        }
-      uint8_t* out = y + (line * a.out_width + j) * a.channels;
       const float m = a.multipliers[i * a.out_width + j];
-      encode(codes, 0, a.channels, out, [=](int64_t c, int64_t some) {
-        float values[TILE] = {};
-        for (int64_t j = 0; j < some; ++j) values[j] = float(sums[c + j]);
-        return lanes_at(values) * m;
+      encode(codes, 0, a.channels, y + (line * a.out_width + j) * a.channels, [&](int64_t c, int64_t some) {
+        int64_t sums[TILE];
+        std::fill(sums, sums + TILE, -pixels * a.x_zero);
+        for (int64_t row = a.tops[i]; row < a.bottoms[i]; ++row) {
+          const uint8_t* at = x + ((sample * a.height + row) * a.width + a.lefts[j]) * a.channels + c;
+          const int64_t width = a.rights[j] - a.lefts[j];
+          for (int64_t first = 0; first < width; first += 1 << 20) {  // 255 * 2^20 < 2^31
+            Ints part = {};
+            for (int64_t k = first; k < std::min<int64_t>(width, first + (1 << 20)); ++k)
+              part += __builtin_convertvector(taken<Bytes>(at + k * a.channels, some), Ints);
+            for (int t = 0; t < TILE; ++t) sums[t] += part[t];
+          }
+        }
+        Floats values;
+        for (int t = 0; t < TILE; ++t) values[t] = float(sums[t]);
+        return Floats(values * m);
       });
     }
   }
+}
+
+// A matrix of bytes [channels][count] as [count][channels]: an image of few channels, channels last.
+void interleave(const uint8_t* x, int64_t channels, int64_t count, uint8_t* y) {
+  int64_t i = 0;
+#if defined(QB_AVX512)
+  if (channels == 3) {
+    const __m128i three = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    for (; i + 24 <= count; i += 16) {  // the last four bytes of a store belong to the next
+      const auto at = [&](int64_t c) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + c * count + i)); };
+      const __m128i a = at(0), b = at(1), c = at(2);
+      const __m128i ab = _mm_unpacklo_epi8(a, b), AB = _mm_unpackhi_epi8(a, b);
+      const __m128i cc = _mm_unpacklo_epi8(c, c), CC = _mm_unpackhi_epi8(c, c);
+      const __m128i pixels[4] = {_mm_unpacklo_epi16(ab, cc), _mm_unpackhi_epi16(ab, cc), _mm_unpacklo_epi16(AB, CC),
+                                 _mm_unpackhi_epi16(AB, CC)};
+      for (int k = 0; k < 4; ++k)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + (i + 4 * k) * 3), _mm_shuffle_epi8(pixels[k], three));
+    }
+  }
+#endif
+  for (; i < count; ++i)
+    for (int64_t c = 0; c < channels; ++c) y[i * channels + c] = x[c * count + i];
 }
 
 // R((q - x_zero) * gamma + beta) of each channel.

@@ -240,6 +240,44 @@ struct Depthwise {
     }
   }
 
+  // As `lines`, for the kernel that there is most of: three columns, up to four rows, codes to codes.
+  template <int OUT>
+  void lines_by_three(int64_t line, int32_t zero, const uint8_t* joined) const {
+    const int64_t width = v.out_width, step = v.stride_width * channels * JOINED, tap = v.dilation_width * channels * JOINED;
+    const int64_t w_tap = all * JOINED, w_shift = 3 * w_tap, pixel = channels, row = width * channels;
+    const __m512 high = _mm512_set1_ps(float(finish.q_max - finish.zero_point));
+    const __m512i low = _mm512_set1_epi32(finish.q_min - finish.zero_point), zero_point = _mm512_set1_epi32(finish.zero_point);
+    for (int64_t c = 0; c < channels; c += CHANNELS) {
+      const int64_t count = std::min<int64_t>(CHANNELS, channels - c);
+      __m512i start = _mm512_mullo_epi32(_mm512_loadu_si512(weight.totals + c), _mm512_set1_epi32(-zero));
+      if (finish.bias) start = _mm512_add_epi32(start, _mm512_loadu_si512(finish.bias + c));
+      const __m512 m = _mm512_loadu_ps(finish.multiplier + c);
+      __m512i w[OUT][3];
+#pragma GCC unroll 2
+      for (int r = 0; r < OUT; ++r)
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) w[r][j] = _mm512_loadu_si512(weight.values + r * w_shift + j * w_tap + c * JOINED);
+      const uint8_t* at = joined + c * JOINED;
+      uint8_t* __restrict y = static_cast<uint8_t*>(o.y) + line * row + c;
+      for (int64_t x = 0; x < width; ++x, at += step, y += pixel) {
+        const __m512i q[3] = {_mm512_loadu_si512(at), _mm512_loadu_si512(at + tap), _mm512_loadu_si512(at + 2 * tap)};
+#pragma GCC unroll 2
+        for (int r = 0; r < OUT; ++r) {
+          __m512i sum = start;
+#pragma GCC unroll 3
+          for (int j = 0; j < 3; ++j) add_products(sum, q[j], w[r][j]);
+          const __m512 value = _mm512_min_ps(high, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), m));
+          const __m512i codes = _mm512_add_epi32(_mm512_max_epi32(_mm512_cvtps_epi32(value), low), zero_point);
+          const __m128i bytes = _mm512_cvtepi32_epi8(codes);
+          if (count == CHANNELS)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(y + r * row), bytes);
+          else
+            std::memcpy(y + r * row, &bytes, count);
+        }
+      }
+    }
+  }
+
   // 1 for each joined row that the kernel of row `shift` of the result meets.
   __m512i rows_met(int64_t g, int shift) const {
     uint32_t ones = 0;
@@ -254,6 +292,8 @@ struct Depthwise {
   void lines_of(int64_t line, int32_t zero, const uint8_t* joined) const {
     if (weight.zero_points)
       lines<OUT, true>(line, zero, joined);
+    else if (codes && v.kernel_width == 3 && n == 1)
+      lines_by_three<OUT>(line, zero, joined);
     else
       lines<OUT, false>(line, zero, joined);
   }

@@ -60,13 +60,15 @@ const Kernels& chosen() {
 // The kernels, for the length of one C function.
 struct Call {
   Watch watch;
-  const Kernels* operator->() const {
-    static const Kernels& table = chosen();
-    return &table;
-  }
+  const Kernels* operator->() const { return &kernels(); }
 };
 
 }  // namespace
+
+const qb::Kernels& qb::kernels() {
+  static const Kernels& table = chosen();
+  return table;
+}
 
 extern "C" {
 

@@ -139,12 +139,73 @@ struct Finisher {
   // As `whole` for codes with one scale and zero point of x: 64 outputs a turn.
   void static_codes(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) {
     prepare(zero_of(row));
-    if (wide == 4 && !zero_points() && !operands.residual && outputs == 4 * TILE)
-      return rows_of_codes<4, true>(count, sums, row_sums);
-    if (wide == 4) return rows_of_codes<4, false>(count, sums, row_sums);
-    if (wide == 3) return rows_of_codes<3, false>(count, sums, row_sums);
-    if (wide == 2) return rows_of_codes<2, false>(count, sums, row_sums);
-    return rows_of_codes<1, false>(count, sums, row_sums);
+    if (wide == 4 && !zero_points() && outputs == 4 * TILE && below_int32())
+      return operands.residual ? rows_of_codes<4, WITH_RESIDUAL>(count, sums, row_sums)
+                               : rows_of_codes<4, PLAIN>(count, sums, row_sums);
+    if (wide == 4) return rows_of_codes<4, ANY>(count, sums, row_sums);
+    if (wide == 3) return rows_of_codes<3, ANY>(count, sums, row_sums);
+    if (wide == 2) return rows_of_codes<2, ANY>(count, sums, row_sums);
+    return rows_of_codes<1, ANY>(count, sums, row_sums);
+  }
+
+  // Do all products of sums and multipliers lie within int32? Then what is above the codes needs no clamp as a float.
+  bool below_int32() const {
+    __m512 most = _mm512_setzero_ps();
+    for (int n = 0; n < wide; ++n)
+      most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(finish.multiplier + offset + n * TILE)));
+    return _mm512_reduce_max_ps(most) < 0.5f && finish.residual_multiplier < 0x1p20f;
+  }
+
+  enum Kind { PLAIN, WITH_RESIDUAL, ANY };
+
+  template <int C, Kind KIND>
+  void rows_of_codes(int64_t count, const int32_t* sums, const int32_t* row_sums) const {
+    const int32_t* zeros = KIND == ANY ? zero_points() : nullptr;
+    const bool adds = KIND == WITH_RESIDUAL || (KIND == ANY && operands.residual);
+    const __m512 high = _mm512_set1_ps(float(finish.q_max - finish.zero_point));
+    const __m512i zero_point = _mm512_set1_epi16(int16_t(finish.zero_point));
+    const __m512i lowest = _mm512_set1_epi8(char(finish.q_min)), highest = _mm512_set1_epi8(char(finish.q_max));
+    const __m512i in_order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const uint64_t there = outputs >= 64 ? ~0ull : (1ull << outputs) - 1;
+    const __m512i residual_zero = _mm512_set1_epi32(finish.residual_zero_point);
+    const __m512 residual_multiplier = _mm512_set1_ps(finish.residual_multiplier);
+    __m512 m[C];
+    __m512i bias[C];
+#pragma GCC unroll 4
+    for (int n = 0; n < C; ++n) {
+      m[n] = _mm512_loadu_ps(finish.multiplier + offset + n * TILE);
+      bias[n] = _mm512_load_si512(shift + n * TILE);
+    }
+    for (int64_t r = 0; r < count; ++r, sums += C * TILE) {
+      uint8_t* y = static_cast<uint8_t*>(operands.y) + at(r);
+      __m512i q[4];
+#pragma GCC unroll 4
+      for (int n = 0; n < C; ++n) {
+        __m512i acc = _mm512_add_epi32(_mm512_load_si512(sums + n * TILE), bias[n]);
+        if (KIND == ANY && zeros)
+          acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_loadu_si512(zeros + n * TILE), _mm512_set1_epi32(row_sums[r])));
+        __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), m[n]);
+        if (adds) {
+          const uint8_t* residual = operands.residual + at(r) + n * TILE;
+          const __m128i some = KIND == ANY ? _mm_maskz_loadu_epi8(__mmask16(there >> (16 * n)), residual)
+                                           : _mm_loadu_si128(reinterpret_cast<const __m128i*>(residual));
+          const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(some), residual_zero);
+          v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(centred), residual_multiplier));
+        }
+        // What lies below int32 becomes its lowest value, as NaN does: it ends at q_min.
+        q[n] = _mm512_cvtps_epi32(KIND == ANY ? _mm512_min_ps(high, v) : v);
+      }
+      for (int n = C; n < 4; ++n) q[n] = q[C - 1];
+      const __m512i first = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero_point);
+      const __m512i second = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero_point);
+      __m512i codes = _mm512_max_epu8(_mm512_packus_epi16(first, second), lowest);
+      if (KIND != ANY) codes = _mm512_min_epu8(codes, highest);
+      codes = _mm512_permutexvar_epi32(in_order, codes);
+      if (KIND == ANY)
+        _mm512_mask_storeu_epi8(y, there, codes);
+      else
+        _mm512_storeu_si512(y, codes);
+    }
   }
 
   // As `whole` for float32 where the rows of x have their own scales and zero points.
@@ -174,49 +235,6 @@ struct Finisher {
     }
   }
 
-  template <int C, bool PLAIN>
-  void rows_of_codes(int64_t count, const int32_t* sums, const int32_t* row_sums) const {
-    const int32_t* zeros = PLAIN ? nullptr : zero_points();
-    const __m512 high = _mm512_set1_ps(float(finish.q_max - finish.zero_point));
-    const __m512i zero_point = _mm512_set1_epi16(int16_t(finish.zero_point));
-    const __m512i lowest = _mm512_set1_epi8(char(finish.q_min));
-    const __m512i in_order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    const uint64_t there = outputs >= 64 ? ~0ull : (1ull << outputs) - 1;
-    const __m512i residual_zero = _mm512_set1_epi32(finish.residual_zero_point);
-    const __m512 residual_multiplier = _mm512_set1_ps(finish.residual_multiplier);
-    __m512 m[C];
-    __m512i bias[C];
-    for (int n = 0; n < C; ++n) {
-      m[n] = _mm512_loadu_ps(finish.multiplier + offset + n * TILE);
-      bias[n] = _mm512_load_si512(shift + n * TILE);
-    }
-    for (int64_t r = 0; r < count; ++r, sums += C * TILE) {
-      uint8_t* y = static_cast<uint8_t*>(operands.y) + at(r);
-      __m512i q[4];
-      for (int n = 0; n < C; ++n) {
-        __m512i acc = _mm512_add_epi32(_mm512_load_si512(sums + n * TILE), bias[n]);
-        if (!PLAIN && zeros)
-          acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_loadu_si512(zeros + n * TILE), _mm512_set1_epi32(row_sums[r])));
-        __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), m[n]);
-        if (!PLAIN && operands.residual) {
-          const __m128i some = _mm_maskz_loadu_epi8(__mmask16(there >> (16 * n)), operands.residual + at(r) + n * TILE);
-          const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(some), residual_zero);
-          v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(centred), residual_multiplier));
-        }
-        // What lies below int32 becomes its lowest value, as NaN does: it ends at q_min.
-        q[n] = _mm512_cvtps_epi32(_mm512_min_ps(high, v));
-      }
-      for (int n = C; n < 4; ++n) q[n] = q[C - 1];
-      const __m512i first = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero_point);
-      const __m512i second = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero_point);
-      __m512i codes = _mm512_max_epu8(_mm512_packus_epi16(first, second), lowest);
-      codes = _mm512_permutexvar_epi32(in_order, codes);
-      if (PLAIN)
-        _mm512_storeu_si512(y, codes);
-      else
-        _mm512_mask_storeu_epi8(y, there, codes);
-    }
-  }
 #endif
 };
 

@@ -272,7 +272,7 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
   }
 }
 
-#if defined(QB_AMX)
+#if defined(QB_VNNI)
 // A convolution without gathering: a copy of the image with its padding, in which the inputs of a kernel row lie side by
 // side, and at the same distance from those of the row before for every output pixel. A tile register takes 16 output
 // pixels. Where lines of the copy run on into each other, what would be to the right of the result is multiplied too, and
@@ -290,11 +290,14 @@ struct PaddedImage {
     const Window& v = p.window;
     if (p.weight.groups > 1 || p.blocks > 1 || v.kernel_height * v.kernel_width == 1) return false;
     if (is_apart(p)) return v.dilation_height == 1;
-    const bool whole_tiles = v.out_width % 16 == 0 || v.out_width > 24;
-    return (p.lines || v.channels % GROUP == 0) && ((v.stride_height == 1 && v.stride_width == 1) || (p.lines && whole_tiles));
+    const bool whole_tiles = WHOLE == 1 || v.out_width % 16 == 0 || v.out_width > 24;
+    const bool stride_1 = v.stride_height == 1 && v.stride_width == 1;
+    const int64_t reach = std::abs((v.kernel_width - 1) * v.dilation_width);
+    if (WHOLE == 1 && stride_1 && reach * 8 > v.out_width) return false;  // too much of a line would be dropped
+    return (p.lines || v.channels % GROUP == 0) && (stride_1 || (p.lines && whole_tiles));
   }
 
-  static bool is_apart(const Product& p) { return p.lines && p.weight.segment * 2 <= GROUP; }
+  static bool is_apart(const Product& p) { return WHOLE > 1 && p.lines && p.weight.segment * 2 <= GROUP; }
 
   explicit PaddedImage(const Product& product) : p(product), apart(is_apart(product)) {
     const Window& v = p.window;
@@ -349,28 +352,61 @@ struct PaddedImage {
       copy(sample, first * v.stride_height, lines_of(count), image);
     const int32_t* row_sums = p.weight.zero_points ? window_sums(image, count, summed) : nullptr;
     if (p.weight.zero_points && !row_sums) return;
-    const int64_t of_line = (v.out_width + 15) / 16;
-    const int64_t all = run_on ? ((count - 1) * width + v.out_width + 15) / 16 : count * of_line;
-    for (int64_t tile = 0; tile < all; tile += TILES) {
-      Run runs[TILES * 16];
-      const Code* at[TILES];
+    if (WHOLE == 1)
+      by_rows(sample, first, count, image, row_sums);
+    else
+      by_tiles(sample, first, count, image, row_sums);
+  }
+
+  struct Run {  // of rows of a panel: output pixels side by side
+    int64_t row, y, x, count;
+  };
+
+  // Notes the runs of rows [row, row + count) of a copy whose lines run on.
+  void note_runs(int64_t row, int64_t count, int64_t lines, int64_t place, Run* runs, int64_t& many) const {
+    for (int64_t r = 0; r < count;) {
+      const int64_t y = (row + r) / width, x = (row + r) % width, length = std::min(count - r, width - x);
+      const int64_t kept = std::min(length, p.window.out_width - x);
+      if (y < lines && kept > 0) runs[many++] = {place + r, y, x, kept};
+      r += length;
+    }
+  }
+
+  // Panels of rows at one distance from each other.
+  void by_rows(int64_t sample, int64_t first, int64_t count, const uint8_t* image, const int32_t* row_sums) const {
+    const int64_t of_line = p.window.out_width;
+    const int64_t stretches = run_on ? 1 : count, length = run_on ? (count - 1) * width + of_line : of_line;
+    for (int64_t s = 0; s < stretches; ++s)
+      for (int64_t part = 0, parts = std::max<int64_t>(1, length / PANEL); part < parts; ++part) {
+        Run runs[2 * PANEL];
+        int64_t many = 0;
+        const int64_t row = part * length / parts, here = (part + 1) * length / parts - row;
+        if (run_on)
+          note_runs(row, here, count, 0, runs, many);
+        else
+          runs[many++] = {0, s, row, here};
+        const Code* at = reinterpret_cast<const Code*>(image) + s * line + row * step;
+        multiply_and_finish(sample, first, here, &at, many, runs, row_sums);
+      }
+  }
+
+  // Up to four tile registers of 16 rows.
+  void by_tiles(int64_t sample, int64_t first, int64_t count, const uint8_t* image, const int32_t* row_sums) const {
+    constexpr int64_t ABREAST = 4;
+    const int64_t of_line = (p.window.out_width + 15) / 16;
+    const int64_t all = run_on ? ((count - 1) * width + p.window.out_width + 15) / 16 : count * of_line;
+    for (int64_t tile = 0; tile < all; tile += ABREAST) {
+      Run runs[ABREAST * 16];
+      const Code* at[ABREAST];
       int64_t many = 0;
-      const int64_t here = std::min<int64_t>(TILES, all - tile);
+      const int64_t here = std::min<int64_t>(ABREAST, all - tile);
       for (int64_t i = 0; i < here; ++i) {
-        if (run_on) {
-          const int64_t row = (tile + i) * 16;
-          at[i] = image + row * step;
-          for (int64_t r = 0; r < 16;) {  // by lines of the result
-            const int64_t y = (row + r) / width, x = (row + r) % width, length = std::min(16 - r, width - x);
-            const int64_t kept = std::min(length, v.out_width - x);
-            if (y < count && kept > 0) runs[many++] = {i * 16 + r, y, x, kept};
-            r += length;
-          }
-        } else {
-          const int64_t y = (tile + i) / of_line, x = (tile + i) % of_line * 16;
-          at[i] = image + y * line + x * step;
-          runs[many++] = {i * 16, y, x, std::min<int64_t>(16, v.out_width - x)};
-        }
+        const int64_t y = (tile + i) / of_line, x = (tile + i) % of_line * 16, row = (tile + i) * 16;
+        at[i] = reinterpret_cast<const Code*>(image) + (run_on ? row * step : y * line + x * step);
+        if (run_on)
+          note_runs(row, 16, count, i * 16, runs, many);
+        else
+          runs[many++] = {i * 16, y, x, std::min<int64_t>(16, p.window.out_width - x)};
       }
       multiply_and_finish(sample, first, here, at, many, runs, row_sums);
     }
@@ -402,16 +438,13 @@ struct PaddedImage {
       }
   }
 
-  struct Run {  // of rows of a panel: output pixels side by side
-    int64_t row, y, x, count;
-  };
-
+  // `count` rows, or tiles of 16 of them, from these pointers on.
   void multiply_and_finish(int64_t sample, int64_t first, int64_t count, const Code* const* at, int64_t many,
                            const Run* runs, const int32_t* row_sums) const {
     static thread_local Scratch multiplied, placed, totalled;
-    int32_t* sums = multiplied.of<int32_t>(PANEL * WIDE * TILE);
-    float* t = totalled.of<float>(PANEL * WIDE * TILE);
-    int64_t* places = placed.of<int64_t>(PANEL);
+    int32_t* sums = multiplied.of<int32_t>(2 * PANEL * WIDE * TILE);
+    float* t = totalled.of<float>(2 * PANEL * WIDE * TILE);
+    int64_t* places = placed.of<int64_t>(2 * PANEL);
     if (!sums || !t || !places) return;
     const Window& v = p.window;
     const Pieces pieces{offsets.data(), int64_t(offsets.size()), depth};
@@ -420,7 +453,11 @@ struct PaddedImage {
         places[runs[i].row + r] = p.place_of(sample * p.pixels + (first + runs[i].y) * v.out_width + runs[i].x + r);
     for (int64_t tile = 0; tile < p.tiles; tile += WIDE) {
       const int wide = int(std::min<int64_t>(WIDE, p.tiles - tile));
+#if defined(QB_AMX)
       multiply_pieces(count, wide, at, step, pieces, p.tile_of(0, 0, tile), p.block_stride() * TILE, false, sums);
+#else
+      multiply_pieces(count, wide, *at, step, pieces, p.tile_of(0, 0, tile), p.block_stride() * TILE, sums);
+#endif
       Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, 0, tile, wide, true, places);
       for (int64_t i = 0; i < many; ++i) {
         const Run& run = runs[i];
@@ -495,13 +532,13 @@ int64_t layer(const Weight& weight, const Finish& finish, const Window& window, 
   const Product p(weight, finish, window, rows, operands);
   const int64_t macs = p.total * weight.groups * weight.outputs * weight.depth;
   const int threads = threads_for(macs, WORTH_A_THREAD);
-#if defined(QB_AMX)
+#if defined(QB_VNNI)
   if (PaddedImage::fits(p)) {
     padded_layer(p, threads);
     return macs;
   }
 #endif
-  const int64_t panels = (p.total + PANEL - 1) / PANEL;
+  const int64_t panels = std::max<int64_t>(p.total > 0, p.total / PANEL);  // of PANEL rows or somewhat more
   // Few rows: each thread takes some of the outputs of every panel.
   const int64_t bands = (p.tiles + WIDE - 1) / WIDE, parts = panels >= threads ? 1 : std::min<int64_t>(threads, bands);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -510,7 +547,7 @@ int64_t layer(const Weight& weight, const Finish& finish, const Window& window, 
 #pragma omp for schedule(static) collapse(2)
     for (int64_t index = 0; index < panels; ++index)
       for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = index * PANEL, count = std::min<int64_t>(PANEL, p.total - first);
+        const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
         panel(p, first, count, part * bands / parts * WIDE, std::min((part + 1) * bands / parts * WIDE, p.tiles));
       }
   }

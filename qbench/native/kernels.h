@@ -41,7 +41,10 @@ struct Kernels {
   void (*average)(const uint8_t*, const Averaging&, int64_t, Codes, uint8_t*);
   void (*channel_affine)(const uint8_t*, int64_t, int64_t, int32_t, const float*, const float*, Codes, uint8_t*);
   void (*max_pool)(const uint8_t*, const Window&, int64_t, uint8_t*);
+  void (*interleave)(const uint8_t*, int64_t, int64_t, uint8_t*);
 };
+
+const Kernels& kernels();  // those of the instruction set that runs
 
 extern const Kernels portable;
 #if defined(__x86_64__)

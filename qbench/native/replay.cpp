@@ -94,6 +94,16 @@ void qb_copy(const void* x, const int64_t* x_strides, void* y, const int64_t* y_
       size.push_back(sizes[d]), from.push_back(x_strides[d]), to.push_back(y_strides[d]);
     }
   }
+  // Planes of an image to channels last.
+  const size_t d = size.size();
+  if (bytes == 1 && (d == 2 || d == 3) && size[d - 1] <= 4 && to[d - 1] == 1 && to[d - 2] == size[d - 1] &&
+      from[d - 2] == 1 && from[d - 1] == size[d - 2]) {
+    const int64_t samples = d == 3 ? size[0] : 1;
+    for (int64_t n = 0; n < samples; ++n)
+      qb::kernels().interleave(static_cast<const uint8_t*>(x) + (d == 3 ? n * from[0] : 0), size[d - 1], size[d - 2],
+                               static_cast<uint8_t*>(y) + (d == 3 ? n * to[0] : 0));
+    return;
+  }
   const auto copy = bytes == 1 ? copy_elements<1> : bytes == 4 ? copy_elements<4> : copy_elements<8>;
   const char* source = static_cast<const char*>(x);
   char* target = static_cast<char*>(y);

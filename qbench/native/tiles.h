@@ -29,39 +29,58 @@ constexpr int WIDE = 1;
 #endif
 #endif
 constexpr bool CENTRED = sizeof(Code) == 2;
-constexpr int64_t CHUNK = 512;  // products a pass: the tiles of the weight stay in the first-level cache
+constexpr int64_t CHUNK = 1024;  // products a pass, at most: the tiles of the weight stay near
+constexpr int64_t AHEAD = 2048;  // bytes of a weight asked for before it is their turn: they may come from afar
+
+struct Pieces {  // of a row: from these offsets on, `depth` products each
+  const int64_t* offsets;
+  int64_t count, depth;
+};
+
+inline int64_t chunk_of(int64_t depth) {
+  const int64_t chunks = (depth + CHUNK - 1) / CHUNK;
+  return chunks < 2 ? depth : rounded_up((depth + chunks - 1) / chunks, GROUP);
+}
 
 #if !defined(QB_AVX2)
 template <int R, int C>
-void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t, int64_t depth, bool add, int32_t* sums) {
+void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const int8_t* w, int64_t, bool add,
+                   int32_t* sums) {
   uint32_t c[R][TILE] = {};  // sums without the correction for zero points may wrap; with it they are exact
   if (add) std::memcpy(c, sums, sizeof c);
-  for (int64_t k = 0; k < depth; k += 2, w += 2 * TILE, a += 2)
-    for (int r = 0; r < R; ++r) {
-      const int32_t first = a[r * stride], second = a[r * stride + 1];
-      for (int j = 0; j < TILE; ++j) c[r][j] += uint32_t(first * w[2 * j] + second * w[2 * j + 1]);
-    }
+  for (int64_t p = 0; p < pieces.count; ++p) {
+    const Code* a = row + pieces.offsets[p];
+    for (int64_t k = 0; k < pieces.depth; k += 2, w += 2 * TILE, a += 2)
+      for (int r = 0; r < R; ++r) {
+        const int32_t first = a[r * stride], second = a[r * stride + 1];
+        for (int j = 0; j < TILE; ++j) c[r][j] += uint32_t(first * w[2 * j] + second * w[2 * j + 1]);
+      }
+  }
   std::memcpy(sums, c, sizeof c);
 }
 #elif !defined(QB_VNNI)
 template <int R, int C>
-void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t, int64_t depth, bool add, int32_t* sums) {
+void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const int8_t* w, int64_t, bool add,
+                   int32_t* sums) {
   __m256i c[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int n = 0; n < 2; ++n)
       c[r][n] = add ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + r * TILE + n * 8)) : _mm256_setzero_si256();
-  for (int64_t k = 0; k < depth; k += 2, w += 2 * TILE, a += 2) {
-    const __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-    const __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + TILE)));
+  for (int64_t p = 0; p < pieces.count; ++p) {
+    const Code* a = row + pieces.offsets[p];
+    for (int64_t k = 0; k < pieces.depth; k += 2, w += 2 * TILE, a += 2) {
+      const __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+      const __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + TILE)));
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, a + r * stride, 4);
-      const __m256i both = _mm256_set1_epi32(pair);
-      c[r][0] = _mm256_add_epi32(c[r][0], _mm256_madd_epi16(both, w0));
-      c[r][1] = _mm256_add_epi32(c[r][1], _mm256_madd_epi16(both, w1));
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * stride, 4);
+        const __m256i both = _mm256_set1_epi32(pair);
+        c[r][0] = _mm256_add_epi32(c[r][0], _mm256_madd_epi16(both, w0));
+        c[r][1] = _mm256_add_epi32(c[r][1], _mm256_madd_epi16(both, w1));
+      }
     }
   }
 #pragma GCC unroll 6
@@ -92,8 +111,15 @@ inline void add_products(Sums& sums, Sums codes, Sums weights) {
   asm(QB_VPDPBUSD : "+v"(sums) : "v"(codes), "v"(weights));
 }
 
+// Four codes from x + k on in all lanes. By hand, as a compiler would move a pointer for each row along, not one index.
+inline Sums four_everywhere(const Code* x, int64_t k) {
+  Sums v;
+  asm("vpbroadcastd (%1,%2), %0" : "=v"(v) : "r"(x), "r"(k), "m"(*reinterpret_cast<const int32_t*>(x)));
+  return v;
+}
+
 template <int R, int C>
-void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride, int64_t depth, bool add,
+void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const int8_t* w, int64_t tile_stride, bool add,
                    int32_t* sums) {
   constexpr int N = C * REGISTERS;
   constexpr int TURNS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4;  // sums apart from each other: a product takes 5 cycles
@@ -105,6 +131,7 @@ void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t tile_
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n)
         c[u][r][n] = add && u == 0 ? load(sums + r * C * TILE + n * LANES_OF_SUMS) : zeros();
+  const Code* at[R];
   const auto step = [&](int64_t k, Sums(&to)[R][N]) __attribute__((always_inline)) {
     Sums b[N];
 #pragma GCC unroll 4
@@ -112,18 +139,20 @@ void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t tile_
       b[n] = load(w + n / REGISTERS * tile_stride + k * TILE + n % REGISTERS * int(sizeof(Sums)));
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      int32_t four;
-      std::memcpy(&four, a + r * stride + k, 4);
-      const Sums x = everywhere(four);
+      const Sums x = four_everywhere(at[r], k);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) add_products(to[r][n], x, b[n]);
     }
   };
-  int64_t k = 0;
-  for (; k + 4 * TURNS <= depth; k += 4 * TURNS)
+  for (int64_t p = 0; p < pieces.count; ++p, w += pieces.depth * TILE) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) at[r] = row + r * stride + pieces.offsets[p];
+    int64_t k = 0;
+    for (; k + 4 * TURNS <= pieces.depth; k += 4 * TURNS)
 #pragma GCC unroll 4
-    for (int u = 0; u < TURNS; ++u) step(k + 4 * u, c[u]);
-  for (; k < depth; k += 4) step(k, c[0]);
+      for (int u = 0; u < TURNS; ++u) step(k + 4 * u, c[u]);
+    for (; k < pieces.depth; k += 4) step(k, c[0]);
+  }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -141,7 +170,7 @@ void multiply_rows(const Code* a, int64_t stride, const int8_t* w, int64_t tile_
 }
 #endif
 
-using MultiplyRows = void (*)(const Code*, int64_t, const int8_t*, int64_t, int64_t, bool, int32_t*);
+using MultiplyRows = void (*)(const Code*, int64_t, const Pieces&, const int8_t*, int64_t, bool, int32_t*);
 #define QB_BY_ROWS(C) \
   {multiply_rows<1, C>, multiply_rows<2, C>, multiply_rows<3, C>, multiply_rows<4, C>, multiply_rows<5, C>, multiply_rows<6, C>}
 #if defined(QB_AVX512)
@@ -150,15 +179,19 @@ constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1), QB_BY_ROWS(2)
 constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1)};
 #endif
 
-#if defined(QB_AMX)
-struct Pieces {  // of a row: from these offsets on, `depth` products each
-  const int64_t* offsets;
-  int64_t count, depth;
-};
+// As `multiply`, of rows in pieces, in turns of about as many rows each.
+inline void multiply_by_rows(int64_t rows, int wide, const Code* a, int64_t stride, const Pieces& pieces, const int8_t* w,
+                             int64_t tile_stride, bool add, int32_t* sums) {
+  const int64_t turns = (rows + ROWS - 1) / ROWS;
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    const int64_t r = turn * rows / turns, height = (turn + 1) * rows / turns - r;
+    MULTIPLY_ROWS[wide - 1][height - 1](a + r * stride, stride, pieces, w, tile_stride, add, sums + r * wide * TILE);
+  }
+}
 
+#if defined(QB_AMX)
 constexpr int64_t WHOLE = 16;  // rows of a tile register
 constexpr int64_t WORTH_TILES = 3;
-constexpr int64_t AHEAD = 2;  // tiles of the weight
 
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -190,7 +223,7 @@ void multiply_tiles(const Code* const* a, int64_t stride, const Pieces& pieces, 
   for (int64_t p = 0; p < pieces.count; ++p) {
     const int64_t first = pieces.offsets[p];
     for (int64_t k = first; k < first + pieces.depth; k += 64, w += 64 * TILE) {
-      for (int i = 0; i < 16; ++i) __builtin_prefetch(w + AHEAD * 64 * TILE + i * 64);  // it may come from afar
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(w + AHEAD + i * 64);
       _tile_loadd(6, w, 64);
 #define QB_MULTIPLY(r, input) { _tile_loadd(input, a[r] + k, stride); _tile_dpbusd(r, input, 6); }
       QB_EACH(QB_MULTIPLY)
@@ -220,6 +253,15 @@ constexpr int64_t WHOLE = 1;
 struct TileRegisters {
   TileRegisters() {}
 };
+
+// As `multiply`, of rows in pieces: some pieces a pass, so that the tiles of the weight stay near.
+inline void multiply_pieces(int64_t rows, int wide, const Code* a, int64_t stride, const Pieces& pieces, const int8_t* w,
+                            int64_t tile_stride, int32_t* sums) {
+  const int64_t some = std::max<int64_t>(1, CHUNK / pieces.depth);
+  for (int64_t p = 0; p < pieces.count; p += some)
+    multiply_by_rows(rows, wide, a, stride, {pieces.offsets + p, std::min(some, pieces.count - p), pieces.depth},
+                     w + p * pieces.depth * TILE, tile_stride, p > 0, sums);
+}
 #endif
 
 // sums [rows][wide * TILE], any number of rows; `depth` is a multiple of GROUP or the rest of a weight's block. Rows of `a`
@@ -228,9 +270,10 @@ inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, cons
                      int64_t depth, int32_t* sums) {
 #if defined(QB_AMX)
   if (rows >= WORTH_TILES) {
+    const int64_t chunk = chunk_of(depth);
     for (int64_t r = 0; r < rows; r += 64)
-      for (int64_t first = 0; first < depth; first += CHUNK) {
-        const Pieces piece{&first, 1, std::min(CHUNK, depth - first)};
+      for (int64_t first = 0; first < depth; first += chunk) {
+        const Pieces piece{&first, 1, std::min(chunk, depth - first)};
         const Code* const at[TILES] = {a + r * stride, a + (r + 16) * stride, a + (r + 32) * stride, a + (r + 48) * stride};
         multiply_pieces((std::min<int64_t>(64, rows - r) + 15) / 16, wide, at, stride, piece, w + first * TILE, tile_stride,
                         first > 0, sums + r * wide * TILE);
@@ -238,11 +281,10 @@ inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, cons
     return;
   }
 #endif
-  for (int64_t first = 0; first < depth; first += CHUNK)
-    for (int64_t r = 0; r < rows; r += ROWS)
-      MULTIPLY_ROWS[wide - 1][std::min<int64_t>(ROWS, rows - r) - 1](
-          a + r * stride + first, stride, w + first * TILE, tile_stride, std::min(CHUNK, depth - first), first > 0,
-          sums + r * wide * TILE);
+  const int64_t chunk = chunk_of(depth);
+  for (int64_t first = 0; first < depth; first += chunk)
+    multiply_by_rows(rows, wide, a, stride, {&first, 1, std::min(chunk, depth - first)}, w + first * TILE, tile_stride,
+                     first > 0, sums);
 }
 
 // `rounds` times as many products as fit into the registers of a tile, nothing read: returns how many, 0 for none.
