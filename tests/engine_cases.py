@@ -10,10 +10,9 @@ import contextlib
 import ctypes
 import math
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,10 +22,9 @@ from test_native import Attention, Encoder, Started, normal, seeded
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-import qbench.backends.native_kernels  # noqa: F401  (with it all modules that call the engine)
 from qbench.backends import native, reference
 from qbench.capture import capture
-from qbench.native.library import SIGNATURES, library
+from qbench.native.library import SIGNATURES, Window, byref, loaded_library, written_down
 from qbench.program import Macs, Program
 from qbench.quantization import quantize_network
 from qbench.recipe import Recipe
@@ -53,10 +51,19 @@ def many(items: list[bytes]) -> bytes:
 # --- recording -------------------------------------------------------------------------------------------------------
 
 
+class Packing(NamedTuple):
+    """How a packed weight was made, and how its size was found."""
+
+    function: str
+    arguments: tuple[Any, ...]
+    sized_by: str
+    sizes: tuple[int, ...]
+
+
 class Case:
     """The calls of one operation."""
 
-    def __init__(self, name: str, tensors: dict[int, Tensor], packings: dict[int, tuple[bytes, list[int]]]) -> None:
+    def __init__(self, name: str, tensors: dict[int, Tensor], packings: dict[int, Packing]) -> None:
         self.name, self.tensors, self.packings = name, tensors, packings
         self.indices: dict[int, int] = {}  # of the buffers, by address
         self.buffers: list[bytes] = []
@@ -64,23 +71,42 @@ class Case:
         self.results: list[bytes] = []
 
     def buffer(self, address: int | None) -> int:
-        """The index of the buffer at an address; its content is noted when it is first met."""
+        """The index of the buffer at an address; its content is noted when it is first met.
+
+        Of a packed weight the call that packs it is noted instead.
+        """
         if not address:
             return -1
         if address not in self.indices:
-            tensor = self.tensors[address]
-            content, sizes = self.packings.get(address) or (memory(address, tensor), [])
-            self.indices[address] = len(self.buffers)
-            self.buffers.append(number(tensor.element_size()) + raw(content) + many([number(size) for size in sizes]))
+            tensor, packing = self.tensors[address], self.packings.get(address)
+            if packing:
+                self.add(address, b"", packing.sized_by, packing.sizes)
+                totals = packing.arguments[-1]
+                self.add(totals, b"\xff" * len(memory(totals, self.tensors[totals])))
+                self.calls.append(self.begun(packing.function, packing.arguments) + number(0))
+            else:
+                self.add(address, memory(address, tensor))
         return self.indices[address]
+
+    def add(self, address: int, content: bytes, sized_by: str = "", sizes: tuple[int, ...] = ()) -> None:
+        """Note a buffer, with its content or with the function that tells its size."""
+        self.indices[address] = len(self.buffers)
+        size = raw(sized_by.encode()) + many([number(size) for size in sizes])
+        self.buffers.append(number(self.tensors[address].element_size()) + raw(content) + size)
+
+    def begun(self, function: str, values: tuple[Any, ...]) -> bytes:
+        """A call without what it returns; buffers that are first met hold what they hold before it."""
+        arguments = [self.argument(*pair) for pair in zip(values, SIGNATURES[function][1], strict=True)]
+        return raw(function.encode()) + many(arguments)
 
     def argument(self, value: Any, kind: Any) -> bytes:
         if kind is ctypes.c_void_p:
             return number(POINTER) + number(self.buffer(value))
         if is_structure(kind):
-            held = value._obj
+            size, held = ctypes.sizeof(value._obj), value._obj
+            held = held._b_base_ if isinstance(held._b_base_, ctypes.Array) else held  # the first of several
             places = [number(offset) + number(self.buffer(address)) for offset, address in pointers(held)]
-            return number(STRUCTURE) + raw(bytes(held)) + many(places)
+            return number(STRUCTURE) + number(size) + raw(bytes(held)) + many(places)
         if kind in (ctypes.c_float, ctypes.c_double):
             return number(REAL) + struct.pack("<d", value)
         return number(INTEGER) + number(int(value))
@@ -100,15 +126,21 @@ class Case:
 
 
 def memory(address: int, tensor: Tensor) -> bytes:
-    return ctypes.string_at(address, tensor.numel() * tensor.element_size())
+    """From a tensor's first element to its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return ctypes.string_at(address, (last + 1) * tensor.element_size() if tensor.numel() else 0)
 
 
 def is_structure(kind: Any) -> bool:
     return issubclass(kind, ctypes._Pointer)
 
 
-def pointers(held: ctypes.Structure, start: int = 0) -> Iterator[tuple[int, int]]:
-    """Offset and address of each pointer in a structure, and in those inside it, that is not null."""
+def pointers(held: ctypes.Structure | ctypes.Array[Any], start: int = 0) -> Iterator[tuple[int, int]]:
+    """Offset and address of each pointer that is not null in a structure, those inside it, or an array of them."""
+    if isinstance(held, ctypes.Array):
+        for index, one in enumerate(held):
+            yield from pointers(one, start + index * ctypes.sizeof(one))
+        return
     for name, kind, *_ in held._fields_:
         value, offset = getattr(held, name), start + getattr(type(held), name).offset
         if issubclass(kind, ctypes.Structure):
@@ -131,7 +163,7 @@ class Recorder:
         self.cases: list[Case] = []
         self.network = ""
         self._tensors: dict[int, Tensor] = {}  # all that the engine may be given, by address, kept alive
-        self._packings: dict[int, tuple[bytes, list[int]]] = {}  # packed weights: the plain one and its sizes
+        self._packings: dict[int, Packing] = {}  # by the address of the packed weight
         self._case: Case | None = None
 
     def environment(self) -> dict[str, Any]:
@@ -142,6 +174,9 @@ class Recorder:
         want, got = (b.kernel(node, constants, count) for b, count in zip((reference(), native()), counts, strict=True))
         loose = any(word in str(node.target) for word in ("dynamic", "weight_only"))
         return self._both(node.name, want, got, FLOAT_TOLERANCE if loose else 0.0, counts)
+
+    def runner(self, lowered: Callable[..., Any], macs: Macs) -> Callable[..., Any]:
+        return lowered
 
     def call(self, target: Any) -> Callable[..., Any]:
         want, got = reference().call(target), native().call(target)
@@ -164,6 +199,15 @@ class Recorder:
         both.__name__, both.__module__ = name, __name__
         return both
 
+    def noted(self, name: str, function: str, got: Tensor, want: Tensor, *values: Any) -> None:
+        """A case of one call, which leaves `want` in `got`; tensors stand for their addresses."""
+        with self.listening():
+            case = self._case = Case(name, self._tensors, self._packings)
+            getattr(self, function)(*(v.data_ptr() if isinstance(v, Tensor) else v for v in values))
+            self._case = None
+            case.result(got, want, 0.0)
+            self.cases.append(case)
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Note tensors whose address is asked for, and the calls that follow. Results begin as 255 and NaN."""
@@ -173,12 +217,8 @@ class Recorder:
             self._tensors[address_of(tensor)] = tensor
             return address_of(tensor)
 
-        modules = [m for name, m in sys.modules.items() if name.startswith("qbench.backends.native")]
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, written_down(self):
             patch.setattr(torch.Tensor, "data_ptr", data_ptr)
-            for module in modules:
-                if hasattr(module, "library"):
-                    patch.setattr(module, "library", lambda: self)
             torch.use_deterministic_algorithms(True)  # torch.empty fills what it returns
             try:
                 yield
@@ -189,17 +229,17 @@ class Recorder:
         """A function of the engine that notes its calls."""
         if function not in SIGNATURES:
             raise AttributeError(function)
-        _, kinds = SIGNATURES[function]
 
         def call(*values: Any) -> Any:
             if function == "qb_pack":
-                source, *sizes, target = values
-                self._packings[target] = memory(source, self._tensors[source]), sizes
+                self._packings[values[-2]] = Packing(function, values, "qb_packed_size", values[1:6])
+            if function == "qb_pack_depthwise":
+                self._packings[values[-2]] = Packing(function, values, "qb_packed_depthwise_size", values[2:5])
             case = self._case
-            arguments = [case.argument(*pair) for pair in zip(values, kinds, strict=True)] if case else []
-            returned = getattr(library(), function)(*values)
+            begun = case.begun(function, values) if case else b""
+            returned = getattr(loaded_library(), function)(*values)
             if case:
-                case.calls.append(raw(function.encode()) + many(arguments) + number(returned or 0))
+                case.calls.append(begun + number(returned or 0))
             return returned
 
         return call
@@ -266,13 +306,20 @@ def networks() -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
 
 
 def layers(count: int) -> Iterator[tuple[str, Program, list[Tensor]]]:
-    """Static convolutions, linear layers and transposed convolutions of random shapes and extreme constants."""
+    """Static convolutions, linear layers and transposed convolutions of random shapes and extreme constants.
+
+    Every fifth has what fills whole registers: multiples of 64 inputs, more pixels, kernels of one pixel.
+    """
     for seed in range(count):
         rng = np.random.default_rng(seed)
         kind = ("conv", "linear", "conv_transpose")[seed % 3]
         groups = int(rng.choice([1, 1, 2, 17])) if kind != "linear" else 1
         inputs, outputs = (int(size) for size in rng.integers(1, 35 if groups < 3 else 3, 2))
         kernel, stride, dilation = ([int(v) for v in rng.integers(1, limit, 2)] for limit in (5, 4, 3))
+        large = seed % 5 == 4
+        if large:
+            groups, inputs = 1, 64 * int(rng.integers(1, 3))
+            kernel, stride = ([1, 1], [1, 1]) if seed % 2 else (kernel, stride)
         padding = [int(rng.integers(0, k)) for k in kernel]
         block = int(rng.integers(1, inputs + 1)) if seed % 4 == 3 else inputs
         blocks, scales = -(-inputs // block), int(rng.choice([1, groups * outputs]))
@@ -286,15 +333,15 @@ def layers(count: int) -> Iterator[tuple[str, Program, list[Tensor]]]:
             "bias": rng.integers(-(10**6), 10**6, groups * outputs).astype(np.int32 if blocks == 1 else np.float32),
             "x_scale": 0.02,
             "x_zero_point": int(rng.choice([0, 128, 255])),
-            "scale": [0.5, None, 0.001][seed % 5 % 3],
+            "scale": [0.5, None, 0.001][int(rng.integers(3))],
             "zero_point": int(rng.integers(0, 256)),
             "q_min": 0,
             "q_max": 255,
         }
-        size = [int(v) for v in rng.integers(9, 13, 2)]
+        size = [int(v) for v in (rng.integers(17, 35, 2) if large else rng.integers(9, 13, 2))]
         x = rng.choice([0, 1, 254, 255], (2, groups * inputs, *size))
         if kind == "linear":
-            x = rng.choice([0, 255, 77], (int(rng.integers(1, 60)), inputs))
+            x = rng.choice([0, 255, 77], (int(rng.integers(1, 200 if large else 60)), inputs))
         else:
             arguments |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         if kind == "conv_transpose":
@@ -315,8 +362,28 @@ def record(path: Path) -> int:
     odd = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -0.0, 1e-45, 0.5, 1.5] * 5)
     recorder.network = "odd values"
     _record(recorder, op_program("quantize", odd, scale=1.0, zero_point=3, q_min=1, q_max=200)[0], (odd,))
+    by_hand(recorder)
     path.write_bytes(many([case.written() for case in recorder.cases]))
     return len(recorder.cases)
+
+
+def by_hand(recorder: Recorder) -> None:
+    """What no network calls: a max pool of a huge kernel; strided copies of elements of each size, a fill, rows."""
+    x, y = (torch.arange(count, dtype=torch.uint8) for count in (2 * 4 * 5 * 3, 2 * 5 * 6 * 3))
+    window = Window(4, 5, 3, 5, 6, 2**30, 2**30, 1, 1, 2**29, 2**29, 1, 1, 3)
+    want = x.reshape(2, 20, 3).amax(1, keepdim=True).expand(2, 30, 3).reshape(-1)
+    recorder.noted("a huge kernel", "qb_max_pool", y, want, x, byref(window), 2, y)
+    for dtype in (torch.uint8, torch.float32, torch.int64):
+        whole = (50 * normal(5, 3, 4, 6)).to(dtype)
+        for x in (whole, whole.permute(0, 2, 3, 1), whole[1:, ::2, :, 3], whole.mT[:, 1], whole[0, 0, 0, 0]):
+            y = torch.empty(x.shape, dtype=dtype)
+            steps = [torch.tensor([*values, 0]) for values in (x.stride(), y.stride(), x.shape)]
+            recorder.noted("copy", "qb_copy", y, x, x, steps[0], y, steps[1], steps[2], x.dim(), x.element_size())
+    y = torch.empty(77, dtype=torch.uint8)
+    recorder.noted("fill", "qb_fill", y, torch.full_like(y, 3), y, len(y), 3)
+    table, indices = normal(7, 5), torch.tensor([6, 0, 3, 3])
+    y = torch.empty(4, 5)
+    recorder.noted("rows", "qb_rows", y, table[indices], table, 7, 20, indices, 4, y)
 
 
 def _record(recorder: Recorder, program: Program, inputs: tuple[Tensor, ...]) -> None:

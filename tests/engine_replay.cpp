@@ -1,21 +1,31 @@
 // Replays calls of the engine that engine_cases.py recorded and compares their results with the reference's.
 //
 //     engine_replay FILE     prints the instruction set and the number of cases; exit code 1 where a result differs
+//     engine_replay FILE N   the same where one allocation of scratch fails, each in turn, in every Nth case of a function
+//
+// Each case runs twice: call by call on memory that a sanitizer watches, and as one list (qb_run) on memory, scratch
+// included, that ends where a page ends before one that nobody may touch: that stops instructions which no sanitizer sees.
 //
 // The file, little-endian. A number is an int64. A list is a number n and n items; bytes are a number n and n bytes.
 //
 //     file      list of cases
 //     case      bytes name, list of buffers, list of calls, list of results
-//     buffer    number: size of an element; bytes: its content before the first call; list of numbers: where not
-//               empty, the content is a weight, to be packed by qb_pack with these sizes
+//     buffer    number: size of an element; bytes: its content before the first call; bytes: where not empty, the name of
+//               a function that tells its size instead, of this list of numbers (a packed weight)
 //     call      bytes: name of the function; list of arguments; number: what it returns (0: nothing)
 //     argument  number: kind, then by kind
 //                 INTEGER    number
 //                 REAL       float64
 //                 POINTER    number: index of a buffer, -1: null
-//                 STRUCTURE  bytes, and a list of pointers in it, each two numbers: offset, index of a buffer
+//                 STRUCTURE  number: its size; bytes, of one or several; list of pointers in them, each two numbers:
+//                            offset, index of a buffer
 //     result    number: index of a buffer; bytes expected; number: 1 where it holds float32, which may differ by
 //               float64: tolerance (0: the same bytes, as for all else)
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
 #include <cinttypes>
 #include <cmath>
 #include <cstddef>
@@ -27,7 +37,10 @@
 #include <iterator>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <new>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -86,6 +99,7 @@ enum Kind : int64_t { INTEGER, REAL, POINTER, STRUCTURE };
 struct Argument {
   int64_t kind = INTEGER, integer = 0;
   double real = 0;
+  int64_t size = 0;  // of one structure
   std::vector<char> structure;
   struct Place {
     int64_t offset, buffer;
@@ -96,7 +110,8 @@ struct Argument {
 struct Recorded {  // a buffer
   int64_t element;
   std::vector<char> content;
-  std::vector<int64_t> packing;
+  std::string sized_by;
+  std::vector<int64_t> sizes;
 };
 
 struct Call {
@@ -125,6 +140,7 @@ Argument read_argument(Reader& in) {
   if (read.kind == REAL) {
     read.real = in.value<double>();
   } else if (read.kind == STRUCTURE) {
+    read.size = in.number();
     read.structure = in.bytes();
     read.pointers = in.list([&] {
       const int64_t offset = in.number();
@@ -143,7 +159,8 @@ Case read_case(Reader& in) {
     Recorded buffer;
     buffer.element = in.number();
     buffer.content = in.bytes();
-    buffer.packing = in.list([&] { return in.number(); });
+    buffer.sized_by = in.text();
+    buffer.sizes = in.list([&] { return in.number(); });
     return buffer;
   });
   read.calls = in.list([&] {
@@ -166,7 +183,7 @@ Case read_case(Reader& in) {
 
 // --- calling ---------------------------------------------------------------------------------------------------------
 
-// An argument as it is handed over; `size` is that of the structure that it points to, 0 where it is none.
+// An argument as it is handed over; `size` is that of a structure that it points to, 0 where it is none.
 struct Passed {
   int64_t kind, integer;
   double real;
@@ -195,7 +212,14 @@ T as(const Passed& argument) {
   }
 }
 
-using Function = std::function<int64_t(const std::vector<Passed>&)>;
+// An argument as a word of qb_run.
+template <class T>
+uint64_t word(const Passed& argument) {
+  const T value = as<T>(argument);
+  uint64_t result = 0;
+  std::memcpy(&result, &value, sizeof value);
+  return result;
+}
 
 template <class R, class... A, size_t... I>
 int64_t spread(R (*function)(A...), const std::vector<Passed>& passed, std::index_sequence<I...>) {
@@ -207,15 +231,27 @@ int64_t spread(R (*function)(A...), const std::vector<Passed>& passed, std::inde
 }
 
 // A function of engine.h as one of a list of arguments: how each is converted follows from its declaration.
+struct Function {
+  std::function<int64_t(const std::vector<Passed>&)> run;
+  std::function<std::vector<uint64_t>(const std::vector<Passed>&)> words;
+};
+
+template <class R, class... A, size_t... I>
+std::vector<uint64_t> words(const std::vector<Passed>& passed, std::index_sequence<I...>) {
+  return {word<A>(passed[I])...};
+}
+
 template <class R, class... A>
 Function taking_list(R (*function)(A...)) {
-  return [function](const std::vector<Passed>& passed) {
-    return spread(function, passed, std::index_sequence_for<A...>());
-  };
+  using Indices = std::index_sequence_for<A...>;
+  return {[function](const std::vector<Passed>& passed) { return spread(function, passed, Indices()); },
+          [](const std::vector<Passed>& passed) { return words<R, A...>(passed, Indices()); }};
 }
 
 #define FUNCTION(name) {#name, taking_list(name)}
 const std::map<std::string, Function> FUNCTIONS = {
+    FUNCTION(qb_packed_size),    FUNCTION(qb_pack),
+    FUNCTION(qb_packed_depthwise_size), FUNCTION(qb_pack_depthwise),
     FUNCTION(qb_layer),          FUNCTION(qb_depthwise),
     FUNCTION(qb_transposed),     FUNCTION(qb_weight_only),
     FUNCTION(qb_lstm),           FUNCTION(qb_dynamic_lstm),
@@ -226,49 +262,106 @@ const std::map<std::string, Function> FUNCTIONS = {
     FUNCTION(qb_add),            FUNCTION(qb_mul),
     FUNCTION(qb_table),          FUNCTION(qb_average),
     FUNCTION(qb_channel_affine), FUNCTION(qb_max_pool),
+    FUNCTION(qb_rows),           FUNCTION(qb_copy),
+    FUNCTION(qb_fill),
 };
+
+const Function& function_of(const std::string& name) {
+  const auto found = FUNCTIONS.find(name);
+  if (found == FUNCTIONS.end()) fail("engine_replay.cpp does not know " + name);
+  return found->second;
+}
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
-// The bytes of a tensor and none more, so that the sanitizer sees whatever lies beyond. Shifted by one element they are
-// aligned as their elements are and no better: an activation may begin anywhere.
-class Memory {
+// Memory that ends where a page ends; the next one may not be touched.
+class Guarded {
  public:
-  Memory(size_t size, size_t alignment, size_t shift) {
-    if (posix_memalign(&start_, alignment, size + shift)) fail("out of memory");
-    data = static_cast<char*>(start_) + shift;
+  explicit Guarded(size_t size) : whole_((size + PAGE - 1) / PAGE * PAGE) {
+    start_ = mmap(nullptr, whole_ + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start_ == MAP_FAILED || mprotect(static_cast<char*>(start_) + whole_, PAGE, PROT_NONE)) fail("out of memory");
+    data = static_cast<char*>(start_) + whole_ - size;
   }
-  ~Memory() { std::free(start_); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
+  ~Guarded() { munmap(start_, whole_ + PAGE); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
 
   char* data;
 
  private:
-  void* start_ = nullptr;
+  inline static const size_t PAGE = sysconf(_SC_PAGESIZE);
+  size_t whole_;
+  void* start_;
 };
 
-constexpr size_t PACKED_ALIGNMENT = 64;  // of what torch allocates, where a packed weight lies
+// The bytes of a tensor and none more. Watched: on the heap, where the sanitizer sees whatever lies beyond; shifted by one
+// element they are aligned as their elements are and no better, as an activation may begin anywhere.
+class Memory {
+ public:
+  Memory(size_t size, size_t shift, bool guarded) {
+    if (guarded) {
+      guarded_ = std::make_unique<Guarded>(size);
+      data = guarded_->data;
+    } else {
+      heap_.reset(new char[size + shift]);
+      data = heap_.get() + shift;
+    }
+  }
 
-std::unique_ptr<Memory> packed(const Recorded& weight) {
-  std::vector<Passed> sizes;
-  for (const int64_t size : weight.packing) sizes.push_back({INTEGER, size, 0, nullptr, 0});
-  const int64_t size = taking_list(qb_packed_size)(sizes);
-  Memory plain(weight.content.size(), sizeof(void*), 0);
-  std::memcpy(plain.data, weight.content.data(), weight.content.size());
-  auto memory = std::make_unique<Memory>(size, PACKED_ALIGNMENT, 0);
-  sizes.insert(sizes.begin(), {POINTER, 0, 0, plain.data, 0});
-  sizes.push_back({POINTER, 0, 0, memory->data, 0});
-  taking_list(qb_pack)(sizes);
+  char* data;
+
+ private:
+  std::unique_ptr<char[]> heap_;
+  std::unique_ptr<Guarded> guarded_;
+};
+
+Memory filled(const Recorded& buffer, bool guarded) {
+  if (!buffer.sized_by.empty()) {
+    std::vector<Passed> sizes;
+    for (const int64_t size : buffer.sizes) sizes.push_back({INTEGER, size, 0, nullptr, 0});
+    return Memory(function_of(buffer.sized_by).run(sizes), 0, guarded);
+  }
+  Memory memory(buffer.content.size(), buffer.element, guarded);
+  std::memcpy(memory.data, buffer.content.data(), buffer.content.size());
   return memory;
 }
 
-std::unique_ptr<Memory> filled(const Recorded& buffer, bool shifted) {
-  if (!buffer.packing.empty()) return packed(buffer);
-  auto memory = std::make_unique<Memory>(buffer.content.size(), sizeof(void*), shifted ? buffer.element : 0);
-  std::memcpy(memory->data, buffer.content.data(), buffer.content.size());
-  return memory;
+// Scratch, whose allocations the engine makes by the one form of operator new that is replaced below.
+struct Scratches {
+  std::mutex mutex;
+  std::map<void*, std::unique_ptr<Guarded>> held;
+  int64_t left = -1;                 // allocations before the one that fails; below 0: none does
+  std::atomic<bool> failed = false;  // it did
+
+  void* allocate(size_t size) {
+    const std::lock_guard lock(mutex);
+    if (left >= 0 && left-- == 0) {
+      failed = true;
+      return nullptr;
+    }
+    auto memory = std::make_unique<Guarded>(size);
+    void* const data = memory->data;
+    held[data] = std::move(memory);
+    return data;
+  }
+  void release(void* data) {
+    const std::lock_guard lock(mutex);
+    held.erase(data);
+  }
+};
+Scratches& scratches() {
+  static Scratches& all = *new Scratches;  // threads may end after main
+  return all;
 }
+
+}  // namespace
+
+void* operator new(size_t size, std::align_val_t, const std::nothrow_t&) noexcept { return scratches().allocate(size); }
+void operator delete(void* data, std::align_val_t) noexcept {
+  if (data) scratches().release(data);
+}
+
+namespace {
 
 // --- comparing -------------------------------------------------------------------------------------------------------
 
@@ -288,60 +381,120 @@ int64_t first_difference(const Result& result, const char* got) {
   return -1;
 }
 
-// Whether a case gives what it should.
-bool replay(const Case& recorded, bool shifted) {
-  std::vector<std::unique_ptr<Memory>> buffers;
-  for (const Recorded& buffer : recorded.buffers) buffers.push_back(filled(buffer, shifted));
-  const auto address = [&](int64_t index) -> void* { return index < 0 ? nullptr : buffers.at(index)->data; };
-  bool good = true;
-  for (const Call& call : recorded.calls) {
+// One run of a case in its own memory.
+class Replay {
+ public:
+  Replay(const Case& recorded, bool as_list) : case_(recorded), as_list_(as_list) {
+    for (const Recorded& buffer : recorded.buffers) buffers_.push_back(filled(buffer, as_list));
+  }
+
+  // Whether all is as it should be: what is returned and the results, or that memory ran out where it was made to.
+  bool run() {
+    for (const Call& call : case_.calls) {
+      const Function& function = function_of(call.function);
+      const std::vector<Passed> passed = arguments(call);
+      const void* const caller = as_list_ ? qb_caller(call.function.c_str()) : nullptr;
+      errno = 0;
+      const int64_t returned = caller ? in_list(caller, function.words(passed), call.returned) : function.run(passed);
+      const bool short_of_memory = errno == ENOMEM;
+      if (short_of_memory != scratches().failed) return wrong(call.function + " and memory that ran out");
+      if (short_of_memory) return true;  // nobody goes on
+      if (returned != call.returned)
+        return wrong(call.function + " returned " + std::to_string(returned) + ", not " + std::to_string(call.returned));
+    }
+    bool good = true;
+    for (const Result& result : case_.results) {
+      const int64_t place = first_difference(result, buffers_.at(result.buffer).data);
+      if (place >= 0)
+        good = wrong("after " + case_.calls.back().function + ", element " + std::to_string(place) + " differs");
+    }
+    return good;
+  }
+
+ private:
+  bool wrong(const std::string& what) const {
+    std::fprintf(stderr, "%s: %s\n", case_.name.c_str(), what.c_str());
+    return false;
+  }
+
+  void* address(int64_t index) { return index < 0 ? nullptr : buffers_.at(index).data; }
+
+  std::vector<Passed> arguments(const Call& call) {
     std::vector<Passed> passed;
-    std::vector<std::unique_ptr<Memory>> structures;
     for (const Argument& argument : call.arguments) {
-      Passed one{argument.kind, argument.integer, argument.real, nullptr, argument.structure.size()};
+      Passed one{argument.kind, argument.integer, argument.real, nullptr, size_t(argument.size)};
       if (argument.kind == POINTER) one.pointer = address(argument.integer);
       if (argument.kind == STRUCTURE) {
-        structures.push_back(std::make_unique<Memory>(one.size, alignof(std::max_align_t), 0));
-        one.pointer = structures.back()->data;
-        std::memcpy(one.pointer, argument.structure.data(), one.size);
+        structures_.emplace_back(argument.structure.size(), 0, false);
+        char* const data = structures_.back().data;
+        one.pointer = data;
+        std::memcpy(data, argument.structure.data(), argument.structure.size());
         for (const Argument::Place& place : argument.pointers) {
           void* target = address(place.buffer);
-          std::memcpy(structures.back()->data + place.offset, &target, sizeof target);
+          std::memcpy(data + place.offset, &target, sizeof target);
         }
       }
       passed.push_back(one);
     }
-    const auto function = FUNCTIONS.find(call.function);
-    if (function == FUNCTIONS.end()) fail("engine_replay.cpp does not know " + call.function);
-    const int64_t returned = function->second(passed);
-    if (returned != call.returned) {
-      std::fprintf(stderr, "%s: %s returned %" PRId64 ", not %" PRId64 "\n", recorded.name.c_str(),
-                   call.function.c_str(), returned, call.returned);
-      good = false;
-    }
+    return passed;
   }
-  for (const Result& result : recorded.results) {
-    const int64_t place = first_difference(result, static_cast<char*>(address(result.buffer)));
-    if (place < 0) continue;
-    std::fprintf(stderr, "%s: after %s, element %" PRId64 " differs\n", recorded.name.c_str(),
-                 recorded.calls.back().function.c_str(), place);
-    good = false;
+
+  // What a list of this call alone counts: products, or nothing.
+  static int64_t in_list(const void* caller, const std::vector<uint64_t>& words, int64_t returned) {
+    const uint64_t counting = returned > 0 ? qb::INT8_PRODUCTS : qb::NOTHING;
+    std::vector<uint64_t> list = {reinterpret_cast<uint64_t>(caller), counting, words.size()};
+    list.insert(list.end(), words.begin(), words.end());
+    int64_t products[2] = {};
+    return qb_run(list.data(), 1, products) ? -1 : products[0];
   }
+
+  const Case& case_;
+  bool as_list_;
+  std::vector<Memory> buffers_, structures_;
+};
+
+// In a thread of its own, with scratch of its own: whether a case gives what it should.
+bool replay(const Case& recorded, bool as_list) {
+  bool good = false;
+  std::thread([&] { good = Replay(recorded, as_list).run(); }).join();
+  return good;
+}
+
+// Whether a case bears that each allocation of scratch fails once, and is right when it is run again by the same thread.
+bool starve(const Case& recorded) {
+  bool good = true, failed = true;
+  for (int64_t allocation = 0; good && failed; ++allocation)
+    std::thread([&] {
+      scratches().left = allocation;
+      good = Replay(recorded, false).run();
+      failed = scratches().failed;
+      scratches().left = -1;
+      scratches().failed = false;
+      good = good && Replay(recorded, false).run();
+    }).join();
   return good;
 }
 
 }  // namespace
 
 int main(int count, char** words) {
-  if (count != 2) fail("give one file");
+  if (count != 2 && count != 3) fail("give one file, and how many cases of a function there are to one that lacks memory");
   std::ifstream file(words[1], std::ios::binary);
   if (!file) fail(std::string("cannot read ") + words[1]);
   Reader in(std::vector<char>(std::istreambuf_iterator<char>(file), {}));
   const std::vector<Case> cases = in.list([&] { return read_case(in); });
   if (!in.ended()) fail("the file goes on after its last case");
-  int64_t bad = 0;
-  for (const Case& recorded : cases)
-    for (const bool shifted : {false, true}) bad += !replay(recorded, shifted);
-  std::printf("%s: %zu cases, %" PRId64 " failures\n", qb_isa(), cases.size(), bad);
+  const int64_t step = count == 3 ? std::max(1, std::atoi(words[2])) : 1;
+  int64_t ran = 0, bad = 0;
+  std::map<std::string, int64_t> met;  // of the function that a case is about
+  for (const Case& one : cases) {
+    if (met[one.calls.back().function]++ % step) continue;
+    ++ran;
+    if (count == 3)
+      bad += !starve(one);
+    else
+      for (const bool as_list : {false, true}) bad += !replay(one, as_list);
+  }
+  std::printf("%s: %" PRId64 " cases, %" PRId64 " failures\n", qb_isa(), ran, bad);
   return bad ? 1 : 0;
 }

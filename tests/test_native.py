@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import contextlib
+import ctypes
+import functools
+import resource
+import shutil
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qbench
-from qbench.backends import native
+from qbench.backends import native, native_plan
 from qbench.capture import capture
 from qbench.metrics import sqnr_db
 from qbench.model import QuantizedModel
@@ -34,7 +37,7 @@ pytestmark = [
 ]
 
 # An example costs a torch.export; the operations alone are compared on far more of them (programs.run_op).
-few = settings(max_examples=4 if os.environ.get("QBENCH_ISA") == "portable" else 12)
+few = settings(max_examples=12)
 METHODS = st.sampled_from([("ptsq", "per_row"), ("ptdq", "per_row"), ("ptdq", "per_tensor"), ("woq", "per_row")])
 GRANULARITIES = st.sampled_from(["per_tensor", "per_channel", "per_group"])
 SCHEMES = st.sampled_from(["symmetric", "affine"])
@@ -66,21 +69,49 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
+@functools.cache
+def engines() -> dict[str, ctypes.CDLL]:
+    """The library once for each instruction set that this CPU runs: it chooses one when it is first called.
+
+    Copies, because a file that is loaded already would be the same library.
+    """
+    library.library()  # loads what all of them share
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for path in sources.PATHS:
+            patch.setenv("QBENCH_ISA", path)
+            engine = library.load(Path(shutil.copy(sources.LIBRARY, Path(folder) / path)))
+            if engine.qb_isa().decode() == path:
+                found[path] = engine
+    return found
+
+
+@contextlib.contextmanager
+def running(engine: ctypes.CDLL) -> Iterator[None]:
+    """Within, the native backend is this library."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (library, native_plan):
+            patch.setattr(module, "loaded_library", lambda: engine)
+        yield
+
+
 def assert_same(
     model: nn.Module, x: tuple[Tensor, ...], recipe: Recipe, inputs: tuple[Tensor, ...] | None = None
 ) -> None:
-    """Bytes of ptsq equal; floats of ptdq and woq within 1e-5 of the largest; multiply-accumulates equal."""
-    network = capture(model, x)
-    reference = quantize_network(network, recipe, [x], "reference")
-    engine = QuantizedModel(reference.program, reference.recipe, native())
-    want, got = (q(*(inputs or x)) for q in (reference, engine))
-    for a, b in zip(leaves(want), leaves(got), strict=True):
-        assert a.shape == b.shape
-        if recipe.method.name == "ptsq":
-            assert torch.equal(a, b)
-        elif a.numel():
-            torch.testing.assert_close(b, a, rtol=0, atol=1e-5 * float(a.abs().max()))
-    assert reference.macs == engine.macs
+    """On every path: bytes of ptsq equal, floats of ptdq and woq within 1e-5 of the largest, the same products."""
+    exact = quantize_network(capture(model, x), recipe, [x], "reference")
+    want = exact(*(inputs or x))
+    for path, engine in engines().items():
+        with running(engine):
+            q = QuantizedModel(exact.program, exact.recipe, native())
+            got = q(*(inputs or x))
+        for a, b in zip(leaves(want), leaves(got), strict=True):
+            assert a.shape == b.shape
+            if recipe.method.name == "ptsq":
+                assert torch.equal(a, b), path
+            elif a.numel():
+                assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max()), path
+        assert exact.macs == q.macs, path
 
 
 def leaves(result: Any) -> list[Tensor]:
@@ -271,6 +302,15 @@ def test_between_layers(name: str, activations: str, output: str) -> None:
     assert_same(seeded(lambda: Between(BETWEEN[name])), (normal(3, 3, 9, 7),), recipe)
 
 
+def test_a_max_pool_of_any_size() -> None:
+    """Each window holds the whole image: its time must not be the kernel's 2^60 taps."""
+    x = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for engine in engines().values():
+        with running(engine):
+            pooled = native().call(torch.ops.aten.max_pool2d.default)(x, 2**30, 1, 2**29)
+        assert torch.equal(pooled, x.amax((2, 3), keepdim=True).expand(2, 3, 5, 6))
+
+
 class Normed(nn.Module):
     """A batch norm before a padded convolution cannot be folded."""
 
@@ -366,26 +406,33 @@ def test_trained_networks_of_the_four_families(name: str, method: str, granulari
     examples = tuple(leaf[:8] for leaf in task.evaluation().inputs)
     recipe = Recipe(method=method, granularity=granularity, scheme=scheme)
     network = capture(model, calibration[0])
-    reference = quantize_network(network, recipe, calibration, "reference")
-    want, got = reference(*examples), QuantizedModel(reference.program, reference.recipe, native())(*examples)
-    if method == "ptsq":
-        assert torch.equal(want, got)
-    else:
-        noise = sqnr_db(want, got)
-        assert noise is None or noise > (45 if method == "ptdq" else 90)
+    exact = quantize_network(network, recipe, calibration, "reference")
+    want = exact(*examples)
+    for path, engine in engines().items():
+        with running(engine):
+            got = QuantizedModel(exact.program, exact.recipe, native())(*examples)
+        if method == "ptsq":
+            assert torch.equal(want, got), path
+        else:
+            noise = sqnr_db(want, got)
+            assert noise is None or noise > (45 if method == "ptdq" else 90), path
 
 
-def test_threads_and_batches_do_not_matter() -> None:
+@pytest.mark.parametrize("path", sources.PATHS)
+def test_threads_and_batches_do_not_matter(path: str) -> None:
+    if path not in engines():
+        pytest.skip(f"this CPU does not run {path}")
     model, x = (
         seeded(lambda: nn.Sequential(nn.Conv2d(3, 70, 3), nn.ReLU(), nn.Flatten(), nn.Linear(70 * 49, 40))),
         normal(9, 3, 9, 9),
     )
-    q = qbench.quantize(model, (x,), Recipe(method="ptsq"), calibration=[(x,)], backend="native")
-    one = q(x)
-    torch.set_num_threads(2)
-    assert torch.equal(one, q(x))
-    torch.set_num_threads(1)
-    assert torch.equal(one, torch.cat([q(row[None]) for row in x]))
+    with running(engines()[path]):
+        q = qbench.quantize(model, (x,), Recipe(method="ptsq"), calibration=[(x,)], backend="native")
+        one = q(x)
+        torch.set_num_threads(2)
+        assert torch.equal(one, q(x))
+        torch.set_num_threads(1)
+        assert torch.equal(one, torch.cat([q(row[None]) for row in x]))
 
 
 def test_two_threads_may_run_one_model() -> None:
@@ -401,18 +448,26 @@ def test_two_threads_may_run_one_model() -> None:
     assert all(torch.equal(want, y) for y in seen)
 
 
-def test_the_portable_path_gives_the_same_bytes() -> None:
-    """The whole of this file again, with plain loops."""
-    if os.environ.get("QBENCH_ISA") == "portable":
-        assert library.isa() == "portable"
-        return
-    environment = os.environ | {"QBENCH_ISA": "portable", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", "not trained", __file__]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_the_paths_of_this_cpu_are_tested() -> None:
+    """All of this file compares each of them; a name that QBENCH_ISA does not know leaves the choice of what runs."""
+    assert {"portable", library.isa()} <= set(engines())
+
+
+def test_a_lack_of_memory_is_an_error_and_no_end() -> None:
+    """The gates of 32 steps take 64 MB of scratch, the results 21 MB: there is room for these, not for those."""
+    x = normal(32, 2**13, 1)
+    exact = quantize_network(capture(seeded(lambda: nn.LSTM(1, 16)), (x,)), Recipe(method="ptsq"), [(x,)], "reference")
+    q = QuantizedModel(exact.program, exact.recipe, native())
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 48 * 2**20, limits[1]))
+    try:
+        with pytest.raises(MemoryError, match=r"^no memory is left for what qb_\w+ needs beside its results: "):
+            q(x)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    for a, b in zip(leaves(exact(x)), leaves(q(x)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,8 @@ struct Heads {  // scratch of a thread for one head of a sample
     scores = s.of<float>(AT_ONCE * stride);
   }
 
+  bool complete() const { return keys.values && keys.totals && values.values && values.totals && rows && scores; }
+
   // A row of codes as the tile products want them, filled up with 0.
   static void row(const uint8_t* x, int64_t count, int32_t zero_point, Code* out) {
     copied(x, count, int16_t(zero_point), out);
@@ -166,6 +168,7 @@ int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const 
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t head = 0; head < a.heads; ++head) {
     Heads h(a);
+    if (!h.complete()) continue;
     h.keys.pack_rows(k + head * a.keys * a.depth, a.keys, a.depth);
     h.values.pack_columns(v + head * a.keys * a.width, a.width, a.keys);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
@@ -209,6 +212,7 @@ int64_t probabilities(const Attention& a, const Quantized& q, const Quantized& k
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t head = 0; head < a.heads; ++head) {
     Heads h(a);
+    if (!h.complete()) continue;
     h.keys.pack_rows(k.codes + head * a.keys * a.depth, a.keys, a.depth);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);
@@ -249,6 +253,7 @@ int64_t weighted_values(const Attention& a, const Quantized& p, const Quantized&
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t head = 0; head < a.heads; ++head) {
     Heads h(a);
+    if (!h.complete()) continue;
     h.values.pack_columns(v.codes + head * a.keys * a.width, a.width, a.keys);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);

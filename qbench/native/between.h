@@ -115,8 +115,8 @@ inline int64_t taps_before(int64_t end, int64_t dilation) { return end <= 0 ? 0 
 
 void max_pool(const uint8_t* x, const Window& v, int64_t samples, uint8_t* y) {
   const int64_t lines = samples * v.out_height;
-  const int threads = threads_for(lines * v.out_width * v.channels * v.kernel_height * v.kernel_width,
-                                  WORTH_A_THREAD_BYTES);
+  const int64_t most = std::min(v.kernel_height, v.height) * std::min(v.kernel_width, v.width);  // of taps
+  const int threads = threads_for(lines * v.out_width * v.channels * most, WORTH_A_THREAD_BYTES);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t line = 0; line < lines; ++line) {
     const int64_t sample = line / v.out_height, top = line % v.out_height * v.stride_height - v.padding_height;

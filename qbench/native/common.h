@@ -4,6 +4,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -24,23 +26,42 @@ inline int threads_for(int64_t work, int64_t worth) {
 
 inline int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Memory of one thread that grows and is used again.
+// How often memory ran out so far, on any thread: one that works for a call need not know for which.
+inline std::atomic<int64_t> shortages{0};
+
+// Lives as long as a C function runs; at its end errno is ENOMEM where memory ran out meanwhile, else 0. It may have run
+// out for another thread's call: then both fail, which is better than a wrong result.
+class Watch {
+ public:
+  ~Watch() { errno = short_of_memory() ? ENOMEM : 0; }
+  bool short_of_memory() const { return shortages != before_; }
+
+ private:
+  const int64_t before_ = shortages;
+};
+
+// Memory of one thread that grows and is used again. Where there is none left it is null and a shortage is noted: whoever
+// asked leaves its part of the result undone. An exception could not leave the parallel region.
 class Scratch {
  public:
-  ~Scratch() { std::free(memory_); }
+  ~Scratch() { release(); }
   template <class T>
   T* of(int64_t count) {
     const int64_t bytes = rounded_up(std::max<int64_t>(count, 1) * int64_t(sizeof(T)), 64);
     if (bytes > size_) {
-      std::free(memory_);
-      memory_ = std::aligned_alloc(64, bytes);
+      release();
+      memory_ = ::operator new(bytes, ALIGNMENT, std::nothrow);
       size_ = memory_ ? bytes : 0;
-      if (!memory_) std::abort();
+      if (!memory_) ++shortages;
     }
     return static_cast<T*>(memory_);
   }
 
  private:
+  static constexpr std::align_val_t ALIGNMENT{64};
+
+  void release() { ::operator delete(memory_, ALIGNMENT); }
+
   void* memory_ = nullptr;
   int64_t size_ = 0;
 };

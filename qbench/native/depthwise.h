@@ -310,6 +310,7 @@ int64_t depthwise(const Weight& weight, const Finish& finish, const Window& v, c
     static thread_local Scratch joined_scratch, zero_scratch;
     uint8_t* joined = joined_scratch.of<uint8_t>(d.joined_size());
     uint8_t* zeros = zero_scratch.of<uint8_t>(v.width * d.channels);
+    if (!joined || !zeros) continue;
     const int64_t sample = index / pairs, y = index % pairs * (two ? 2 : 1), line = sample * v.out_height + y;
     const int32_t zero = rows.zero_points[rows.of(line * v.out_width)];
     std::memset(zeros, zero, v.width * d.channels);

@@ -57,6 +57,12 @@ const Kernels& chosen() {
   return portable;
 }
 
+// The kernels, for the length of one C function.
+struct Call {
+  Watch watch;
+  const Kernels* operator->() const { return &kernels(); }
+};
+
 }  // namespace
 
 const qb::Kernels& qb::kernels() {
@@ -67,120 +73,120 @@ const qb::Kernels& qb::kernels() {
 extern "C" {
 
 const char* qb_sources() { return QB_SOURCES; }
-const char* qb_isa() { return kernels().name; }
+const char* qb_isa() { return Call()->name; }
 
-int64_t qb_peak(int64_t rounds) { return kernels().peak(rounds); }
+int64_t qb_peak(int64_t rounds) { return Call()->peak(rounds); }
 
 int64_t qb_packed_size(int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int64_t segment) {
-  return kernels().packed_size(groups, outputs, depth, block_depth, segment);
+  return Call()->packed_size(groups, outputs, depth, block_depth, segment);
 }
 
 void qb_pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, int64_t block_depth, int64_t segment,
              int8_t* packed, int32_t* totals) {
-  kernels().pack(weight, groups, outputs, depth, block_depth, segment, packed, totals);
+  Call()->pack(weight, groups, outputs, depth, block_depth, segment, packed, totals);
 }
 
 int64_t qb_layer(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
                  const Operands* operands) {
-  return kernels().layer(*weight, *finish, *window, *rows, *operands);
+  return Call()->layer(*weight, *finish, *window, *rows, *operands);
 }
 
 int64_t qb_packed_depthwise_size(int64_t channels, int64_t height, int64_t width) {
-  return kernels().packed_depthwise_size(channels, height, width);
+  return Call()->packed_depthwise_size(channels, height, width);
 }
 
 void qb_pack_depthwise(const int8_t* weight, const int32_t* zero_points, int64_t channels, int64_t height, int64_t width,
                        int8_t* packed, int32_t* totals) {
-  kernels().pack_depthwise(weight, zero_points, channels, height, width, packed, totals);
+  Call()->pack_depthwise(weight, zero_points, channels, height, width, packed, totals);
 }
 
 int64_t qb_depthwise(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
                      const Operands* operands) {
-  return kernels().depthwise(*weight, *finish, *window, *rows, *operands);
+  return Call()->depthwise(*weight, *finish, *window, *rows, *operands);
 }
 
 int64_t qb_transposed(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
                       const Operands* operands, int64_t phases, int64_t taps) {
-  return kernels().transposed(weight, *finish, window, *rows, *operands, phases, taps);
+  return Call()->transposed(weight, *finish, window, *rows, *operands, phases, taps);
 }
 
 int64_t qb_weight_only(const Weight* weight, const float* scales, const Finish* finish, const Window* window,
                        const Operands* operands) {
-  return kernels().weight_only(*weight, scales, *finish, *window, *operands);
+  return Call()->weight_only(*weight, scales, *finish, *window, *operands);
 }
 
 int64_t qb_lstm(const Recurrent* r, const uint8_t* x, const uint8_t* h, float* c, uint8_t* y) {
-  return kernels().lstm(*r, x, h, c, y);
+  return Call()->lstm(*r, x, h, c, y);
 }
 
 int64_t qb_dynamic_lstm(const Recurrent* r, const uint8_t* x, const float* x_scales, const int32_t* x_zero_points,
                         const float* h, float* c, float* y) {
-  return kernels().dynamic_lstm(*r, x, x_scales, x_zero_points, h, c, y);
+  return Call()->dynamic_lstm(*r, x, x_scales, x_zero_points, h, c, y);
 }
 
 int64_t qb_weight_only_lstm(const Recurrent* r, const float* scales_ih, const float* scales_hh, const float* x,
                             const float* h, float* c, float* y) {
-  return kernels().weight_only_lstm(*r, scales_ih, scales_hh, x, h, c, y);
+  return Call()->weight_only_lstm(*r, scales_ih, scales_hh, x, h, c, y);
 }
 
 int64_t qb_attention(const Attention* a, const uint8_t* q, const uint8_t* k, const uint8_t* v, uint8_t* y) {
-  return kernels().attention(*a, q, k, v, y);
+  return Call()->attention(*a, q, k, v, y);
 }
 
 int64_t qb_probabilities(const Attention* a, const Quantized* q, const Quantized* k, const float* value_scales,
                          float* y) {
-  return kernels().probabilities(*a, *q, *k, value_scales, y);
+  return Call()->probabilities(*a, *q, *k, value_scales, y);
 }
 
 int64_t qb_weighted_values(const Attention* a, const Quantized* p, const Quantized* v, float* y) {
-  return kernels().weighted_values(*a, *p, *v, y);
+  return Call()->weighted_values(*a, *p, *v, y);
 }
 
 void qb_layer_norm(const uint8_t* x, int64_t rows, int64_t count, int32_t x_zero, double x_scale, double eps,
                    const float* gamma, const float* beta, int32_t zero_point, int32_t q_min, int32_t q_max,
                    uint8_t* y) {
-  kernels().layer_norm(x, rows, count, x_zero, x_scale, eps, gamma, beta, Codes(zero_point, q_min, q_max), y);
+  Call()->layer_norm(x, rows, count, x_zero, x_scale, eps, gamma, beta, Codes(zero_point, q_min, q_max), y);
 }
 
 void qb_quantize(const float* x, int64_t count, float scale, int32_t zero_point, int32_t q_min, int32_t q_max,
                  uint8_t* y) {
-  kernels().quantize(x, count, scale, Codes(zero_point, q_min, q_max), y);
+  Call()->quantize(x, count, scale, Codes(zero_point, q_min, q_max), y);
 }
 
 int32_t qb_quantize_rows(const float* x, int64_t rows, int64_t count, int32_t affine, uint8_t* y, float* scales,
                          int32_t* zero_points) {
-  return kernels().quantize_rows(x, rows, count, affine != 0, y, scales, zero_points);
+  return Call()->quantize_rows(x, rows, count, affine != 0, y, scales, zero_points);
 }
 
 void qb_dequantize(const uint8_t* x, int64_t count, float scale, int32_t zero_point, float* y) {
-  kernels().dequantize(x, count, scale, zero_point, y);
+  Call()->dequantize(x, count, scale, zero_point, y);
 }
 
 void qb_add(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, float m_a, int32_t b_zero, float m_b,
             int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y) {
-  kernels().add(a, b, count, a_zero, m_a, b_zero, m_b, Codes(zero_point, q_min, q_max), y);
+  Call()->add(a, b, count, a_zero, m_a, b_zero, m_b, Codes(zero_point, q_min, q_max), y);
 }
 
 void qb_mul(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, int32_t b_zero, float m,
             int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y) {
-  kernels().mul(a, b, count, a_zero, b_zero, m, Codes(zero_point, q_min, q_max), y);
+  Call()->mul(a, b, count, a_zero, b_zero, m, Codes(zero_point, q_min, q_max), y);
 }
 
 void qb_table(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) {
-  kernels().look_up(x, count, table, y);
+  Call()->look_up(x, count, table, y);
 }
 
 void qb_average(const uint8_t* x, const Averaging* windows, int64_t samples, int32_t zero_point, int32_t q_min,
                 int32_t q_max, uint8_t* y) {
-  kernels().average(x, *windows, samples, Codes(zero_point, q_min, q_max), y);
+  Call()->average(x, *windows, samples, Codes(zero_point, q_min, q_max), y);
 }
 
 void qb_channel_affine(const uint8_t* x, int64_t pixels, int64_t channels, int32_t x_zero, const float* gamma,
                        const float* beta, int32_t zero_point, int32_t q_min, int32_t q_max, uint8_t* y) {
-  kernels().channel_affine(x, pixels, channels, x_zero, gamma, beta, Codes(zero_point, q_min, q_max), y);
+  Call()->channel_affine(x, pixels, channels, x_zero, gamma, beta, Codes(zero_point, q_min, q_max), y);
 }
 
 void qb_max_pool(const uint8_t* x, const Window* window, int64_t samples, uint8_t* y) {
-  kernels().max_pool(x, *window, samples, y);
+  Call()->max_pool(x, *window, samples, y);
 }
 }

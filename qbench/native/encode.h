@@ -18,9 +18,9 @@ inline Vector taken(const In* x, int64_t count) {
   return v;
 }
 
-// TILE values to y on; of the last `count` < TILE these alone.
+// TILE values to y on; of the last `count` < TILE these alone. By value: see `taken`, a reference would say aligned.
 template <class Out, class Vector>
-inline void put(const Vector& v, int64_t count, Out* y) {
+inline void put(Vector v, int64_t count, Out* y) {
   if (count >= TILE)
     std::memcpy(y, &v, sizeof v);
   else

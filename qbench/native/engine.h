@@ -3,7 +3,8 @@
 // Layouts. Images are channels last, [samples][height][width][channels]; rows are [rows][inputs], an image of 1 x 1
 // pixels. Codes are uint8, weights int8; sums are exact int32. Every float32 step is rounded on its own: compile with
 // -ffp-contract=off and without -ffast-math. Pointers that may be null say so. No function allocates anything that it
-// returns; scratch is kept for each thread and reused. Every function may be called by several threads at once.
+// returns; scratch is kept for each thread and reused. Where there is no memory for scratch, a function leaves its results
+// unfinished and errno is ENOMEM after it; else errno is 0. Every function may be called by several threads at once.
 #pragma once
 
 #include <cstdint>

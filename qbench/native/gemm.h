@@ -232,10 +232,11 @@ void pack(const int8_t* weight, int64_t groups, int64_t outputs, int64_t depth, 
 void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t to) {
   static thread_local Scratch gathered, summed, multiplied, totalled, placed;
   int64_t* places = placed.of<int64_t>(count);
-  for (int64_t r = 0; r < count; ++r) places[r] = p.place_of(first + r);
   int32_t* row_sums = summed.of<int32_t>(count * p.blocks);
   int32_t* sums = multiplied.of<int32_t>(rounded_up(count, WHOLE) * WIDE * TILE);
   float* t = totalled.of<float>(count * WIDE * TILE);
+  if (!places || !row_sums || !sums || !t) return;
+  for (int64_t r = 0; r < count; ++r) places[r] = p.place_of(first + r);
   for (int64_t group = 0; group < p.weight.groups; ++group) {
     const Code* a;
     int64_t stride = p.stride;
@@ -244,6 +245,7 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
       stride = p.window.channels;
     } else {
       Code* rows = gathered.of<Code>(rounded_up(count, WHOLE) * p.stride);
+      if (!rows) return;
       p.gather<uint8_t>(first, count, group, rows);
       a = rows;
     }
@@ -343,11 +345,13 @@ struct PaddedImage {
     static thread_local Scratch copied_scratch, summed;
     const Window& v = p.window;
     uint8_t* image = copied_scratch.of<uint8_t>(size(count));
+    if (!image) return;
     if (apart)
       set_apart(sample, first * v.stride_height, lines_of(count), image);
     else
       copy(sample, first * v.stride_height, lines_of(count), image);
     const int32_t* row_sums = p.weight.zero_points ? window_sums(image, count, summed) : nullptr;
+    if (p.weight.zero_points && !row_sums) return;
     if (WHOLE == 1)
       by_rows(sample, first, count, image, row_sums);
     else
@@ -441,6 +445,7 @@ struct PaddedImage {
     int32_t* sums = multiplied.of<int32_t>(2 * PANEL * WIDE * TILE);
     float* t = totalled.of<float>(2 * PANEL * WIDE * TILE);
     int64_t* places = placed.of<int64_t>(2 * PANEL);
+    if (!sums || !t || !places) return;
     const Window& v = p.window;
     const Pieces pieces{offsets.data(), int64_t(offsets.size()), depth};
     for (int64_t i = 0; i < many; ++i)
@@ -484,6 +489,7 @@ struct PaddedImage {
   int32_t* window_sums(const uint8_t* image, int64_t count, Scratch& scratch) const {
     const Window& v = p.window;
     int32_t* sums = scratch.of<int32_t>(count * v.out_width);
+    if (!sums) return nullptr;
     for (int64_t y = 0; y < count; ++y)
       for (int64_t x = 0; x < v.out_width; ++x) {
         const uint8_t* at = image + y * line + x * step;
@@ -499,7 +505,7 @@ struct PaddedImage {
   }
 };
 
-void padded_layer(const Product& p, int threads) {
+void padded_layer(const Product& p, int threads) try {
   const PaddedImage image(p);
   const int64_t lines = p.window.out_height, samples = p.operands.samples;
   // A band of lines whose copy stays in the second-level cache; few samples: at least one for each thread.
@@ -516,6 +522,8 @@ void padded_layer(const Product& p, int threads) {
         image.lines(sample, first, (band + 1) * lines / bands - first);
       }
   }
+} catch (const std::bad_alloc&) {  // of the offsets
+  ++shortages;
 }
 #endif
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import threading
 from collections.abc import Iterator
@@ -183,13 +184,30 @@ def loaded_library() -> ctypes.CDLL:
         raise NativeUnavailable(f"{sources.WHY_NOT}; {sources.CURE}")
     _share_threads()
     try:
-        loaded = ctypes.CDLL(str(sources.LIBRARY))
+        return load(sources.LIBRARY)
     except OSError as error:
         raise NativeUnavailable(f"the native backend does not load ({error}); {sources.CURE}") from error
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """A library with its functions' signatures; they raise MemoryError where there is no memory for scratch.
+
+    Raises OSError where it does not load.
+    """
+    loaded = ctypes.CDLL(str(path), use_errno=True)
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
+        function.restype, function.argtypes, function.errcheck = result, arguments, _with_memory
     return loaded
+
+
+def _with_memory(result: Any, function: Any, arguments: Any) -> Any:
+    """The result of a call after which errno is not ENOMEM (see engine.h)."""
+    if ctypes.get_errno() == errno.ENOMEM:
+        ctypes.set_errno(0)
+        name = function.__name__
+        raise MemoryError(f"no memory is left for what {name} needs beside its results: take fewer samples")
+    return result
 
 
 def isa() -> str:

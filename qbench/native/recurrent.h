@@ -37,6 +37,7 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
   float* gates = given.of<float>(std::min(STEPS_AT_ONCE, r.steps) * n * all);
   float* step = stepped.of<float>(n * all);
   float* values = states.of<float>(n * hidden);
+  if (!gates || !step || !values) return 0;
   int64_t macs = 0;
   for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
     const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first);
@@ -69,6 +70,7 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
   uint8_t* h_codes = coded.of<uint8_t>(n * hidden);
   float* h_scales = scaled.of<float>(h_count);
   int32_t* h_zero_points = shifted.of<int32_t>(h_count);
+  if (!gates || !step || !h_codes || !h_scales || !h_zero_points) return 0;
   int64_t macs = 0;
   for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
     const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first), row = r.per_row ? first * n : 0;
@@ -96,6 +98,7 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
   static thread_local Scratch given, stepped;
   float* gates = given.of<float>(std::min(STEPS_AT_ONCE, r.steps) * n * all);
   float* step = stepped.of<float>(n * all);
+  if (!gates || !step) return 0;
   int64_t macs = 0;
   for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
     const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first);

@@ -134,10 +134,11 @@ const void* qb_caller(const char* name) {
 }
 
 int64_t qb_run(const uint64_t* calls, int64_t count, int64_t* macs) {
+  const qb::Watch watch;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t result = argument<Caller>(calls[0])(calls + 3);
     const int64_t counting = int64_t(calls[1]);
-    if (counting == qb::FAILURE ? result != 0 : result < 0) return i + 1;
+    if (watch.short_of_memory() || (counting == qb::FAILURE ? result != 0 : result < 0)) return i + 1;
     if (counting == qb::INT8_PRODUCTS || counting == qb::FLOAT32_PRODUCTS) macs[counting - 1] += result;
     calls += 3 + calls[2];
   }

@@ -8,15 +8,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "libqbench.so"
-COMPILED = (
-    "dispatch.cpp",
-    "replay.cpp",
-    "isa_portable.cpp",
-    "isa_avx2.cpp",
-    "isa_avx_vnni.cpp",
-    "isa_avx512_vnni.cpp",
-    "isa_amx.cpp",
-)
+PATHS = ("portable", "avx2", "avx_vnni", "avx512_vnni", "amx")  # values of QBENCH_ISA
+COMPILED = ("dispatch.cpp", "replay.cpp", *(f"isa_{path}.cpp" for path in PATHS))
 
 
 def files() -> list[Path]:

@@ -70,6 +70,7 @@ int64_t weight_only(const Weight& weight, const float* scales, const Finish& fin
       static thread_local Scratch gathered, read;
       float* a = gathered.of<float>(PANEL * p.stride);
       float* w = read.of<float>(weight.block_depth * TILE);
+      if (!a || !w) continue;
       const int64_t first = index * PANEL, count = std::min<int64_t>(PANEL, p.total - first);
       int64_t places[PANEL];
       for (int64_t r = 0; r < count; ++r) places[r] = p.place_of(first + r);
