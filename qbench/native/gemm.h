@@ -340,23 +340,49 @@ struct PaddedImage {
     return apart ? (steps + (p.window.kernel_height - 1) / side * side) / every + 1 : steps + 1 + extra_lines;
   }
 
-  // Lines [first, first + count) of the result.
-  void lines(int64_t sample, int64_t first, int64_t count) const {
+  // A band of lines of a sample of the result.
+  struct Band {
+    int64_t sample, first, count;
+  };
+
+  // `many` bands. Tiles of the weight go by one group after another for all of them: a large weight is read once.
+  void bands(const Band* band, int64_t many) const {
     static thread_local Scratch copied_scratch, summed;
-    const Window& v = p.window;
-    uint8_t* image = copied_scratch.of<uint8_t>(size(count));
-    if (!image) return;
-    if (apart)
-      set_apart(sample, first * v.stride_height, lines_of(count), image);
-    else
-      copy(sample, first * v.stride_height, lines_of(count), image);
-    const int32_t* row_sums = p.weight.zero_points ? window_sums(image, count, summed) : nullptr;
-    if (p.weight.zero_points && !row_sums) return;
-    if (WHOLE == 1)
-      by_rows(sample, first, count, image, row_sums);
-    else
-      by_tiles(sample, first, count, image, row_sums);
+    int64_t of_image = 0, of_sums = 0;
+    for (int64_t i = 0; i < many; ++i) {
+      of_image = std::max(of_image, rounded_up(size(band[i].count), 64));
+      of_sums = std::max(of_sums, band[i].count * p.window.out_width);
+    }
+    uint8_t* images = copied_scratch.of<uint8_t>(many * of_image);
+    int32_t* sums = p.weight.zero_points ? summed.of<int32_t>(many * of_sums) : nullptr;
+    if (!images || (p.weight.zero_points && !sums)) return;
+    for (int64_t i = 0; i < many; ++i) {
+      uint8_t* image = images + i * of_image;
+      const int64_t first = band[i].first * p.window.stride_height;
+      if (apart)
+        set_apart(band[i].sample, first, lines_of(band[i].count), image);
+      else
+        copy(band[i].sample, first, lines_of(band[i].count), image);
+      if (sums) window_sums(image, band[i].count, sums + i * of_sums);
+    }
+    const int64_t some = many > 1 ? WIDE : p.tiles;
+    for (int64_t tile = 0; tile < p.tiles; tile += some)
+      for (int64_t i = 0; i < many; ++i) {
+        const Work work{band[i], images + i * of_image, sums ? sums + i * of_sums : nullptr, tile,
+                        std::min(tile + some, p.tiles)};
+        if (WHOLE == 1)
+          by_rows(work);
+        else
+          by_tiles(work);
+      }
   }
+
+  struct Work {  // a band, its copy, the sums of its windows (or null), and tiles [from, to) of the weight
+    Band band;
+    const uint8_t* image;
+    const int32_t* row_sums;
+    int64_t from, to;
+  };
 
   struct Run {  // of rows of a panel: output pixels side by side
     int64_t row, y, x, count;
@@ -373,7 +399,8 @@ struct PaddedImage {
   }
 
   // Panels of rows at one distance from each other.
-  void by_rows(int64_t sample, int64_t first, int64_t count, const uint8_t* image, const int32_t* row_sums) const {
+  void by_rows(const Work& work) const {
+    const int64_t count = work.band.count;
     const int64_t of_line = p.window.out_width;
     const int64_t stretches = run_on ? 1 : count, length = run_on ? (count - 1) * width + of_line : of_line;
     for (int64_t s = 0; s < stretches; ++s)
@@ -385,14 +412,15 @@ struct PaddedImage {
           note_runs(row, here, count, 0, runs, many);
         else
           runs[many++] = {0, s, row, here};
-        const Code* at = reinterpret_cast<const Code*>(image) + s * line + row * step;
-        multiply_and_finish(sample, first, here, &at, many, runs, row_sums);
+        const Code* at = reinterpret_cast<const Code*>(work.image) + s * line + row * step;
+        multiply_and_finish(work, here, &at, many, runs);
       }
   }
 
   // Up to four tile registers of 16 rows.
-  void by_tiles(int64_t sample, int64_t first, int64_t count, const uint8_t* image, const int32_t* row_sums) const {
+  void by_tiles(const Work& work) const {
     constexpr int64_t ABREAST = 4;
+    const int64_t count = work.band.count;
     const int64_t of_line = (p.window.out_width + 15) / 16;
     const int64_t all = run_on ? ((count - 1) * width + p.window.out_width + 15) / 16 : count * of_line;
     for (int64_t tile = 0; tile < all; tile += ABREAST) {
@@ -402,13 +430,13 @@ struct PaddedImage {
       const int64_t here = std::min<int64_t>(ABREAST, all - tile);
       for (int64_t i = 0; i < here; ++i) {
         const int64_t y = (tile + i) / of_line, x = (tile + i) % of_line * 16, row = (tile + i) * 16;
-        at[i] = reinterpret_cast<const Code*>(image) + (run_on ? row * step : y * line + x * step);
+        at[i] = reinterpret_cast<const Code*>(work.image) + (run_on ? row * step : y * line + x * step);
         if (run_on)
           note_runs(row, 16, count, i * 16, runs, many);
         else
           runs[many++] = {i * 16, y, x, std::min<int64_t>(16, p.window.out_width - x)};
       }
-      multiply_and_finish(sample, first, here, at, many, runs, row_sums);
+      multiply_and_finish(work, here, at, many, runs);
     }
   }
 
@@ -439,8 +467,7 @@ struct PaddedImage {
   }
 
   // `count` rows, or tiles of 16 of them, from these pointers on.
-  void multiply_and_finish(int64_t sample, int64_t first, int64_t count, const Code* const* at, int64_t many,
-                           const Run* runs, const int32_t* row_sums) const {
+  void multiply_and_finish(const Work& work, int64_t count, const Code* const* at, int64_t many, const Run* runs) const {
     static thread_local Scratch multiplied, placed, totalled;
     int32_t* sums = multiplied.of<int32_t>(2 * PANEL * WIDE * TILE);
     float* t = totalled.of<float>(2 * PANEL * WIDE * TILE);
@@ -448,11 +475,12 @@ struct PaddedImage {
     if (!sums || !t || !places) return;
     const Window& v = p.window;
     const Pieces pieces{offsets.data(), int64_t(offsets.size()), depth};
+    const int64_t first = work.band.sample * p.pixels + work.band.first * v.out_width;
     for (int64_t i = 0; i < many; ++i)
       for (int64_t r = 0; r < runs[i].count; ++r)
-        places[runs[i].row + r] = p.place_of(sample * p.pixels + (first + runs[i].y) * v.out_width + runs[i].x + r);
-    for (int64_t tile = 0; tile < p.tiles; tile += WIDE) {
-      const int wide = int(std::min<int64_t>(WIDE, p.tiles - tile));
+        places[runs[i].row + r] = p.place_of(first + runs[i].y * v.out_width + runs[i].x + r);
+    for (int64_t tile = work.from; tile < work.to; tile += WIDE) {
+      const int wide = int(std::min<int64_t>(WIDE, work.to - tile));
 #if defined(QB_AMX)
       multiply_pieces(count, wide, at, step, pieces, p.tile_of(0, 0, tile), p.block_stride() * TILE, false, sums);
 #else
@@ -462,8 +490,8 @@ struct PaddedImage {
       for (int64_t i = 0; i < many; ++i) {
         const Run& run = runs[i];
         finisher.places = places + run.row;
-        finisher.whole(sample * p.pixels + (first + run.y) * v.out_width + run.x, run.count, sums + run.row * wide * TILE,
-                       row_sums ? row_sums + run.y * v.out_width + run.x : nullptr, t);
+        finisher.whole(first + run.y * v.out_width + run.x, run.count, sums + run.row * wide * TILE,
+                       work.row_sums ? work.row_sums + run.y * v.out_width + run.x : nullptr, t);
       }
     }
   }
@@ -486,10 +514,8 @@ struct PaddedImage {
   }
 
   // The sum of the codes that each output pixel of `count` lines meets.
-  int32_t* window_sums(const uint8_t* image, int64_t count, Scratch& scratch) const {
+  void window_sums(const uint8_t* image, int64_t count, int32_t* sums) const {
     const Window& v = p.window;
-    int32_t* sums = scratch.of<int32_t>(count * v.out_width);
-    if (!sums) return nullptr;
     for (int64_t y = 0; y < count; ++y)
       for (int64_t x = 0; x < v.out_width; ++x) {
         const uint8_t* at = image + y * line + x * step;
@@ -501,28 +527,39 @@ struct PaddedImage {
           for (const int64_t offset : offsets) sum += sum_of(at + offset, p.lines ? p.weight.segment : v.channels);
         sums[y * v.out_width + x] = sum;
       }
-    return sums;
   }
 };
 
 void padded_layer(const Product& p, int threads) try {
   const PaddedImage image(p);
   const int64_t lines = p.window.out_height, samples = p.operands.samples;
-  // A band of lines whose copy stays in the second-level cache; few samples: at least one for each thread.
-  const int64_t in_cache = std::max<int64_t>(1, (1 << 18) / image.line);
+  constexpr int64_t CACHED = 1 << 18;  // bytes that leave room for others in the second-level cache
+  // A sample in bands of lines whose copies stay there; few samples: at least one for each thread.
   const int64_t least = samples >= threads ? 1 : threads;
-  const int64_t bands = std::min(lines, std::max(least, (lines + in_cache - 1) / in_cache));
+  const int64_t of_sample =
+      std::min(lines, std::max(least, (lines * image.line + CACHED - 1) / CACHED));
+  // Where the weight does not, whole samples share it.
+  const bool shares = of_sample == 1 && p.tiles * p.block_stride() * TILE > CACHED;
+  const int64_t together = shares ? std::clamp<int64_t>(2 * CACHED / image.size(lines), 1, std::min<int64_t>(16, (samples + threads - 1) / threads)) : 1;
+  const int64_t works = shares ? (samples + together - 1) / together : samples * of_sample;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const TileRegisters registers;
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t sample = 0; sample < samples; ++sample)
-      for (int64_t band = 0; band < bands; ++band) {
-        const int64_t first = band * lines / bands;
-        image.lines(sample, first, (band + 1) * lines / bands - first);
+#pragma omp for schedule(static)
+    for (int64_t work = 0; work < works; ++work) {
+      PaddedImage::Band bands[16];
+      int64_t many = 0;
+      if (shares) {
+        for (int64_t sample = work * samples / works; sample < (work + 1) * samples / works; ++sample)
+          bands[many++] = {sample, 0, lines};
+      } else {
+        const int64_t band = work % of_sample, first = band * lines / of_sample;
+        bands[many++] = {work / of_sample, first, (band + 1) * lines / of_sample - first};
       }
+      image.bands(bands, many);
+    }
   }
-} catch (const std::bad_alloc&) {  // of the offsets
+} catch (const std::bad_alloc&) {  // of the offsets: no thread works yet
   ++shortages;
 }
 #endif
