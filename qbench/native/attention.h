@@ -88,7 +88,7 @@ inline float weigh(float* scores, int64_t stride) {
   Floats sum = {};
   for (int64_t k = 0; k < stride; k += TILE) {
     const Floats score = lanes_at(scores + k), e = where_not(score, -INFINITY, exponential_below(score - shift));
-    lanes_at(scores + k) = e;
+    set_lanes(scores + k, e);
     sum += e;
   }
   return folded(sum);
@@ -176,7 +176,8 @@ int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const 
       for (int64_t r = 0; r < count; ++r)
         h.row(q + (head * a.queries + first + r) * a.depth, a.depth, a.q_zero_point, h.rows + r * h.keys.depth);
       h.product(h.keys, count, q_zeros, a.keys, a.depth, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
-        lanes_at(h.scores + r * h.stride + column) = to_floats(centred_sums(sums, Ints{} + a.k_zero_point, row_sum)) * a.m_scores;
+        const Ints centred = centred_sums(sums, Ints{} + a.k_zero_point, row_sum);
+        set_lanes(h.scores + r * h.stride + column, to_floats(centred) * a.m_scores);
       });
       for (int64_t r = 0; r < count; ++r) {
         float* scores = h.scores + r * h.stride;
@@ -187,7 +188,7 @@ int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const 
           const Bytes codes = to_bytes(rounded_lanes(lanes_at(scores + j) * part, 0.0f, 255.0f));
           Code row[TILE];
           copied(reinterpret_cast<const uint8_t*>(&codes), TILE, 0, row);
-          put(row, h.values.depth - j, p + j);
+          std::memcpy(p + j, row, std::min<int64_t>(TILE, h.values.depth - j) * sizeof(Code));
         }
         if (h.values.depth > h.stride) std::memset(p + h.stride, 0, (h.values.depth - h.stride) * sizeof(Code));
       }
@@ -227,8 +228,8 @@ int64_t probabilities(const Attention& a, const Quantized& q, const Quantized& k
         const bool each = k.sharing == EACH_ROW;
         const Floats k_scales = each ? taken<Floats>(k.scales + own, left) : Floats{} + k.scales[own];
         const Ints k_zeros = each ? taken<Ints>(k.zero_points + own, left) : Ints{} + k.zero_points[own];
-        lanes_at(h.scores + r * h.stride + column) =
-            to_floats(centred_sums(sums, k_zeros, row_sum)) * (q_scale * k_scales * a.m_scores);
+        set_lanes(h.scores + r * h.stride + column,
+                  to_floats(centred_sums(sums, k_zeros, row_sum)) * (q_scale * k_scales * a.m_scores));
       });
       for (int64_t r = 0; r < count; ++r) {
         float* scores = h.scores + r * h.stride;

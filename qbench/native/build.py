@@ -42,7 +42,10 @@ def build() -> str | None:
             [compiler, *FLAGS, define, "-c", str(sources.FOLDER / name), "-o", out]
             for name, out in zip(sources.COMPILED, objects, strict=True)
         ]
-        for command in [*commands, [compiler, *LINK_FLAGS, "-o", library, *objects]]:
+        exports = Path(folder) / "exports"  # the standard library's templates would be seen outside otherwise
+        exports.write_text("{ global: qb_*; local: *; };\n")
+        link = [compiler, *LINK_FLAGS, f"-Wl,--version-script={exports}", "-o", library, *objects]
+        for command in [*commands, link]:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
             except OSError as error:

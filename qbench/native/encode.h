@@ -39,7 +39,7 @@ inline void encode(Codes codes, int64_t first, int64_t end, uint8_t* y, const Va
     return to_bytes(rounded_lanes(v, codes.low, codes.high) + codes.zero_point);
   };
   int64_t i = first;
-  for (; i + TILE <= end; i += TILE) *reinterpret_cast<Bytes*>(y + i) = bytes(value(i, int64_t(TILE)));
+  for (; i + TILE <= end; i += TILE) put(bytes(value(i, int64_t(TILE))), TILE, y + i);
   if (i < end) put(bytes(value(i, end - i)), end - i, y + i);
 }
 

@@ -86,8 +86,7 @@ struct Finisher {
         Floats multiplier = lanes_at(m + n * TILE);
         if (rows.scales) multiplier = scale * multiplier;
         const Floats term = to_floats(exact(n, sums, row_sums ? row_sums[r] : 0)) * multiplier;
-        Floats& to = lanes_at(t + n * TILE);
-        to = first ? term : to + term;
+        set_lanes(t + n * TILE, first ? term : lanes_at(t + n * TILE) + term);
       }
     }
   }

@@ -1,11 +1,11 @@
 // TILE values at once: Floats, Ints, Wrapping (uint32) and Bytes, in the registers that there are.
 //
 // A vector longer than a register is a pair of shorter ones, as g++ 12 takes comparisons and conversions of such vectors
-// apart into single values. All of them may lie at any address of their elements.
+// apart into single values.
 
 namespace {
 
-#define QB_VECTOR(Name, Scalar, bytes) typedef Scalar Name __attribute__((vector_size(bytes), aligned(sizeof(Scalar)), may_alias))
+#define QB_VECTOR(Name, Scalar, bytes) typedef Scalar Name __attribute__((vector_size(bytes)))
 
 #define QB_OPERATOR(Name, Scalar, op)                                                                            \
   friend inline Name operator op(Name a, Name b) { return {a.low op b.low, a.high op b.high}; }                  \
@@ -15,7 +15,7 @@ namespace {
   inline Name& operator op##=(Scalar b) { return *this = *this op b; }
 
 #define QB_PAIR(Name, Half, Scalar, ...)                                                                         \
-  struct __attribute__((may_alias)) Name {                                                                       \
+  struct Name {                                                                       \
     Half low, high;                                                                                              \
     static constexpr int COUNT = int(2 * sizeof(Half) / sizeof(Scalar));                                         \
     inline Scalar operator[](int j) const { return j < COUNT / 2 ? low[j] : high[j - COUNT / 2]; }               \
@@ -102,9 +102,16 @@ inline Floats at_least(Floats v, float bound) { return higher_of(Floats{} + boun
 inline Floats at_most(Floats v, float bound) { return lower_of(Floats{} + bound, v); }
 inline Floats above(Floats v, float bound) { return higher_of(v, Floats{} + bound); }
 
-inline Floats& lanes_at(float* x) { return *reinterpret_cast<Floats*>(x); }
-inline const Floats& lanes_at(const float* x) { return *reinterpret_cast<const Floats*>(x); }
-inline const Ints& lanes_at(const int32_t* x) { return *reinterpret_cast<const Ints*>(x); }
-inline const Wrapping& wrapping_at(const void* x) { return *static_cast<const Wrapping*>(x); }
+// Values from any address of their elements, and to one.
+template <class Vector>
+inline Vector copied_from(const void* x) {
+  Vector v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+inline Floats lanes_at(const float* x) { return copied_from<Floats>(x); }
+inline Ints lanes_at(const int32_t* x) { return copied_from<Ints>(x); }
+inline Wrapping wrapping_at(const void* x) { return copied_from<Wrapping>(x); }
+inline void set_lanes(float* x, Floats v) { std::memcpy(x, &v, sizeof v); }
 
 }  // namespace
