@@ -83,7 +83,7 @@ def _task_lines(records: Sequence[Record], results: Path) -> list[str]:
         except workers.WorkerError as error:
             lines += [f"batch {batch} was not timed: {error}", ""]
     lines += [f"- {r.status}: {_name(r)}: {r.error}" for r in records if r.status != "ok"]
-    for record in (r for r in done if r.details.get("variant")):
+    for record in (r for r in done if r.details.get("variant", r.method) != r.method):
         floats = record.details["float_ops"]
         kinds = sorted({op.split(": ")[1] for op in floats})
         note = f"; in float: {len(floats)} ({', '.join(kinds)})" if floats else ""
