@@ -77,7 +77,10 @@ def page(records: list[Record], results: Path) -> list[Path]:
 def _task_lines(records: Sequence[Record], results: Path) -> list[str]:
     done = [r for r in records if r.status == "ok" and compare.latency_counts(r)]
     lines = [f"## {records[0].task}", ""]
-    for batch in _measure(done[0]).batches if done else ():
+    sides = {r.backend == OWN for r in done if r.granularity is not None}
+    if sides != {True, False}:
+        lines += ["No contest: it takes an int8 cell of the built-in engine and one of a peer.", ""]
+    for batch in _measure(done[0]).batches if sides == {True, False} else ():
         try:
             lines += _contest_lines(hold(done, batch, results), done)
         except workers.WorkerError as error:
