@@ -77,13 +77,16 @@ def page(records: list[Record], results: Path) -> list[Path]:
 def _task_lines(records: Sequence[Record], results: Path) -> list[str]:
     done = [r for r in records if r.status == "ok" and compare.latency_counts(r)]
     lines = [f"## {records[0].task}", ""]
-    for batch in _measure(done[0]).batches if done else ():
+    sides = {r.backend == OWN for r in done if r.granularity is not None}
+    if sides != {True, False}:
+        lines += ["No contest: it takes an int8 cell of the built-in engine and one of a peer.", ""]
+    for batch in _measure(done[0]).batches if sides == {True, False} else ():
         try:
             lines += _contest_lines(hold(done, batch, results), done)
         except workers.WorkerError as error:
             lines += [f"batch {batch} was not timed: {error}", ""]
     lines += [f"- {r.status}: {_name(r)}: {r.error}" for r in records if r.status != "ok"]
-    for record in (r for r in done if r.details.get("variant")):
+    for record in (r for r in done if r.details.get("variant", r.method) != r.method):
         floats = record.details["float_ops"]
         kinds = sorted({op.split(": ")[1] for op in floats})
         note = f"; in float: {len(floats)} ({', '.join(kinds)})" if floats else ""

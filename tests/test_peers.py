@@ -128,6 +128,14 @@ def test_the_page_shows_ratios_of_what_ran_side_by_side(tmp_path, capsys):
     assert "batch 1, 1 thread" in text
 
 
+def test_one_side_alone_holds_no_contest(tmp_path):
+    """Nothing is timed, no process starts: the cells have no model that could be loaded."""
+    for records in ([cell("native", "ptsq", 9.0)], [cell("openvino", "ptsq", 4.0, float_ops=[])]):
+        (path,) = peer_contest.page(records, tmp_path)
+        assert "No contest: it takes an int8 cell of the built-in engine and one of a peer." in path.read_text()
+    assert not (tmp_path / peer_contest.KEPT).exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"the extra qbench[peers] is not installed: no {', '.join(MISSING)}")
 def test_whole_cells_of_both_peers(tmp_path):
