@@ -21,7 +21,7 @@ pytestmark = [
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "clang++"
 # Without optimization: the paths compile in a third of the time, and run little longer.
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0", "-g1")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1")
 
 
 @pytest.fixture(scope="module")
