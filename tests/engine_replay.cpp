@@ -226,6 +226,7 @@ const std::map<std::string, Function> FUNCTIONS = {
     FUNCTION(qb_add),            FUNCTION(qb_mul),
     FUNCTION(qb_table),          FUNCTION(qb_average),
     FUNCTION(qb_channel_affine), FUNCTION(qb_max_pool),
+    FUNCTION(qb_weight_only_transposed), FUNCTION(qb_weight_only_depthwise),
 };
 
 // --- memory ----------------------------------------------------------------------------------------------------------

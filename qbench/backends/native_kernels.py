@@ -275,9 +275,7 @@ MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
     "dequantize": _dequantize,
     **{kind: lambda c, macs, kind=kind: layers.static(kind, c, macs) for kind in layers.SHAPES},  # type: ignore[misc]
     **{f"dynamic_{kind}": lambda c, macs, kind=kind: layers.dynamic(kind, c, macs) for kind in layers.SHAPES},  # type: ignore[misc]
-    "weight_only_linear": layers.weight_only_linear,
-    "weight_only_conv": layers.weight_only_conv,
-    "weight_only_conv_transpose": layers.weight_only_conv_transpose,
+    **{f"weight_only_{kind}": lambda c, macs, kind=kind: layers.weight_only(kind, c, macs) for kind in layers.SHAPES},  # type: ignore[misc]
     "lstm": recurrent.static,
     "dynamic_lstm": recurrent.dynamic,
     "weight_only_lstm": recurrent.weight_only,
