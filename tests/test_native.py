@@ -362,7 +362,9 @@ WIDE = {  # more outputs than a tile has, more products than are read back at on
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("recipe", [Recipe("woq"), Recipe("woq", "per_group", "affine", group_size=48)], ids=["z=0", "z"])
+@pytest.mark.parametrize(
+    "recipe", [Recipe("woq"), Recipe("woq", "per_group", "affine", group_size=48)], ids=["z=0", "z"]
+)
 @pytest.mark.parametrize("name", WIDE)
 def test_weights_read_back_piece_by_piece(name: str, recipe: Recipe, threads: int) -> None:
     make, shape = WIDE[name]
@@ -374,17 +376,20 @@ def test_weights_read_back_piece_by_piece(name: str, recipe: Recipe, threads: in
 
 
 def test_no_float_copy_of_a_weight_stays() -> None:
-    model, x = seeded(
-        lambda: nn.Sequential(
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.Conv2d(64, 64, 9, padding=4, groups=64),
-            nn.Conv2d(64, 64, 3, padding=1, groups=2),
-            nn.ConvTranspose2d(64, 32, 4, 2, 1),
-            nn.Flatten(),
-            nn.Linear(512, 16),
-            nn.LSTM(16, 64),
-        )
-    ), normal(2, 32, 2, 2)
+    model, x = (
+        seeded(
+            lambda: nn.Sequential(
+                nn.Conv2d(32, 64, 3, padding=1),
+                nn.Conv2d(64, 64, 9, padding=4, groups=64),
+                nn.Conv2d(64, 64, 3, padding=1, groups=2),
+                nn.ConvTranspose2d(64, 32, 4, 2, 1),
+                nn.Flatten(),
+                nn.Linear(512, 16),
+                nn.LSTM(16, 64),
+            )
+        ),
+        normal(2, 32, 2, 2),
+    )
     least = min(len(weight.flatten()) for weight in model.parameters() if weight.dim() > 1)
     q = qbench.quantize(model, (x,), Recipe("woq"), backend="native")
 

@@ -241,9 +241,11 @@ def _adaptive_average_pool(c: Constants, macs: Macs) -> Kernel:
 
 
 def max_pool(function: Any) -> Kernel:
-    """aten.max_pool2d, on codes by the engine: torch's own does not take every order of memory."""
+    """aten.max_pool2d, on codes by the engine: torch's own takes those in one order of memory alone, floats in any."""
 
     def run(x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False) -> Any:
+        if x.is_floating_point():
+            return function(x, kernel, stride, padding, dilation, ceil)
         if x.dtype != torch.uint8 or x.dim() != 4 or ceil:
             return function(x.contiguous(), kernel, stride, padding, dilation, ceil)
         kernel, padding, dilation = (_pair(value) for value in (kernel, padding, dilation))

@@ -193,10 +193,10 @@ void read_back(const Piece* pieces, int64_t count, const int8_t* w, int64_t tile
   }
 }
 
-// t[r] += scales * (row r times the weight of C tiles), over some pieces.
+// t[r] += scales * (row r times the weight of C tiles), over some pieces; t is 0 where `fresh`.
 template <int R, int C>
 void multiply_floats(const Inputs& inputs, int64_t row, int64_t group, const Piece* pieces, int64_t count, const float* w,
-                     const float* scales, float* t) {
+                     const float* scales, bool fresh, float* t) {
   constexpr int N = C * PER_TILE;
   Lanes c[R][N] = {};
   for (const Piece* piece = pieces; piece < pieces + count; ++piece) {
@@ -220,14 +220,14 @@ void multiply_floats(const Inputs& inputs, int64_t row, int64_t group, const Pie
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Lanes& to = floats_at(t + (r * N + n) * LANES);
-      to = fused(c[r][n], floats_at(scales + n * LANES), to);
+      to = fused(c[r][n], floats_at(scales + n * LANES), fresh ? Lanes{} : to);
     }
 }
 
 // The same with the packed weight itself.
 template <int R, int C>
 void multiply_packed(const Inputs& inputs, int64_t group, const Piece* pieces, int64_t count, const int8_t* w,
-                     int64_t tile_stride, const int32_t* zero_points, const float* scales, float* t) {
+                     int64_t tile_stride, const int32_t* zero_points, const float* scales, bool fresh, float* t) {
   constexpr int N = C * PER_TILE;
   const Offsets<C> offsets(zero_points);
   Lanes c[R][N] = {};
@@ -265,7 +265,7 @@ void multiply_packed(const Inputs& inputs, int64_t group, const Piece* pieces, i
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Lanes& to = floats_at(t + (r * N + n) * LANES);
-      to = fused(c[r][n], floats_at(scales + n * LANES), to);
+      to = fused(c[r][n], floats_at(scales + n * LANES), fresh ? Lanes{} : to);
     }
 }
 
@@ -298,7 +298,8 @@ void float_panel(const Product& p, const Pieced& list, const float* scales, int6
     for (int64_t tile = from; tile < to; tile += FLOAT_TILES) {
       const int wide = int(std::min<int64_t>(FLOAT_TILES, to - tile));
       const Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, group, tile, wide, false, places);
-      finisher.begin(count, t);
+      bool fresh = !p.finish.start && !p.operands.add && !list.chunks.empty();
+      if (!fresh) finisher.begin(count, t);
       for (const Chunk& chunk : list.chunks) {
         const int64_t constants = (chunk.block * p.weight.groups + group) * p.tiles * TILE + tile * TILE;
         const int32_t* zero_points = p.weight.zero_points ? p.weight.zero_points + constants : nullptr;
@@ -308,15 +309,17 @@ void float_panel(const Product& p, const Pieced& list, const float* scales, int6
         const int64_t many = chunk.last - chunk.first, shift = group * p.per_group;
         if (list.in_registers) {
           MULTIPLY_PACKED[wide - 1][count - 1](inputs, shift, pieces, many, packed, tile_stride, zero_points,
-                                               scales + constants, t);
+                                               scales + constants, fresh, t);
+          fresh = false;
           continue;
         }
         READ_BACK[wide - 1](pieces, many, packed, tile_stride, zero_points, w);
         for (int64_t turn = 0; turn < turns; ++turn) {
           const int64_t row = turn * count / turns, rows = (turn + 1) * count / turns - row;
           MULTIPLY_FLOATS[wide - 1][rows - 1](inputs, row, shift, pieces, many, w, scales + constants,
-                                              t + row * wide * TILE);
+                                              fresh, t + row * wide * TILE);
         }
+        fresh = false;
       }
       finisher.end(count, t);
     }
