@@ -264,6 +264,7 @@ const std::map<std::string, Function> FUNCTIONS = {
     FUNCTION(qb_channel_affine), FUNCTION(qb_max_pool),
     FUNCTION(qb_rows),           FUNCTION(qb_copy),
     FUNCTION(qb_fill),
+    FUNCTION(qb_weight_only_transposed), FUNCTION(qb_weight_only_depthwise),
 };
 
 const Function& function_of(const std::string& name) {

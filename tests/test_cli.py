@@ -23,7 +23,11 @@ BAD_INPUT = [
     (["sweep=all"], ["write +sweep"]),
     (
         ["+sweep=al"],
-        ["sweep=al", "activations, all, calibration, ci, granularity, observers, peers, smoke, textbook", "did you mean all"],
+        [
+            "sweep=al",
+            "activations, all, calibration, ci, granularity, observers, peers, smoke, textbook",
+            "did you mean all",
+        ],
     ),
     (["+sweep=all,smoke"], ["one sweep at a time"]),
     (["+sweep=all", "+sweep=smoke"], ["one sweep at a time"]),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import resource
 import shutil
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -382,6 +384,66 @@ def test_another_shape_is_refused_not_read_past_its_end(method: str) -> None:
     assert q(normal(1, 3, 12, 7)).shape == (1, 5, 8, 3)
     with pytest.raises((ValueError, RuntimeError), match=r"does not fit|size|[Cc]alculated"):
         q(normal(1, 3, 4, 4))
+
+
+WIDE = {  # more outputs than a tile has, more products than are read back at once; few rows, many, and many panels
+    "one row": (lambda: nn.Linear(300, 200), (1, 300)),
+    "few rows": (lambda: nn.Linear(301, 200), (5, 301)),
+    "a batch": (lambda: nn.Linear(600, 70), (16, 600)),
+    "many rows": (lambda: nn.Linear(300, 130), (403, 300)),
+    "one pixel": (lambda: nn.Conv2d(70, 130, 3), (1, 70, 3, 3)),
+    "few unaligned pixels": (lambda: nn.Conv2d(7, 130, (5, 3)), (1, 7, 5, 6)),
+    "pixels": (lambda: nn.Conv2d(70, 130, 3, 2, 1), (3, 70, 23, 21)),
+    "grouped": (lambda: nn.Conv2d(140, 280, 3, padding=1, groups=2), (1, 140, 7, 9)),
+    "depthwise": (lambda: nn.Conv2d(70, 70, 3, 2, 1, groups=70), (3, 70, 23, 21)),
+    "transposed": (lambda: nn.ConvTranspose2d(70, 66, 4, 2, 1), (2, 70, 7, 9)),
+    "sequence": (lambda: nn.LSTM(70, 140), (9, 5, 70)),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "recipe", [Recipe("woq"), Recipe("woq", "per_group", "affine", group_size=48)], ids=["z=0", "z"]
+)
+@pytest.mark.parametrize("name", WIDE)
+def test_weights_read_back_piece_by_piece(name: str, recipe: Recipe, threads: int) -> None:
+    make, shape = WIDE[name]
+    torch.set_num_threads(threads)
+    try:
+        assert_same(seeded(make), (normal(*shape),), recipe)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_no_float_copy_of_a_weight_stays() -> None:
+    model, x = (
+        seeded(
+            lambda: nn.Sequential(
+                nn.Conv2d(32, 64, 3, padding=1),
+                nn.Conv2d(64, 64, 9, padding=4, groups=64),
+                nn.Conv2d(64, 64, 3, padding=1, groups=2),
+                nn.ConvTranspose2d(64, 32, 4, 2, 1),
+                nn.Flatten(),
+                nn.Linear(512, 16),
+                nn.LSTM(16, 64),
+            )
+        ),
+        normal(2, 32, 2, 2),
+    )
+    least = min(len(weight.flatten()) for weight in model.parameters() if weight.dim() > 1)
+    q = qbench.quantize(model, (x,), Recipe("woq"), backend="native")
+
+    def held() -> dict[int, Tensor]:
+        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some objects of torch warn when they are looked at
+            tensors = [t for t in gc.get_objects() if isinstance(t, Tensor)]
+        return {id(t): t for t in tensors if t.is_floating_point() and t.numel() >= least}
+
+    before = held()
+    for _ in range(2):
+        q(x)
+    assert not [list(t.shape) for t in held().values() if id(t) not in before]
 
 
 # --- whole networks, threads, instruction sets -----------------------------------------------------------------------

@@ -241,9 +241,11 @@ def _adaptive_average_pool(c: Constants, macs: Macs) -> Kernel:
 
 
 def max_pool(function: Any) -> Kernel:
-    """aten.max_pool2d, on codes by the engine: torch's own does not take every order of memory."""
+    """aten.max_pool2d, on codes by the engine: torch's own takes those in one order of memory alone, floats in any."""
 
     def run(x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False) -> Any:
+        if x.is_floating_point():
+            return function(x, kernel, stride, padding, dilation, ceil)
         if x.dtype != torch.uint8 or x.dim() != 4 or ceil:
             return function(x.contiguous(), kernel, stride, padding, dilation, ceil)
         kernel, padding, dilation = (_pair(value) for value in (kernel, padding, dilation))
@@ -275,9 +277,7 @@ MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
     "dequantize": _dequantize,
     **{kind: lambda c, macs, kind=kind: layers.static(kind, c, macs) for kind in layers.SHAPES},  # type: ignore[misc]
     **{f"dynamic_{kind}": lambda c, macs, kind=kind: layers.dynamic(kind, c, macs) for kind in layers.SHAPES},  # type: ignore[misc]
-    "weight_only_linear": layers.weight_only_linear,
-    "weight_only_conv": layers.weight_only_conv,
-    "weight_only_conv_transpose": layers.weight_only_conv_transpose,
+    **{f"weight_only_{kind}": lambda c, macs, kind=kind: layers.weight_only(kind, c, macs) for kind in layers.SHAPES},  # type: ignore[misc]
     "lstm": recurrent.static,
     "dynamic_lstm": recurrent.dynamic,
     "weight_only_lstm": recurrent.weight_only,

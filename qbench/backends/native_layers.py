@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qbench.native.library import FOR_ALL, Finish, Operands, Rows, Weight, Window, byref, library
-from qbench.numerics import dequantize_weight, multiplier
-from qbench.transposed import swapped
+from qbench.numerics import multiplier
 
 if TYPE_CHECKING:
     from qbench.program import Macs
@@ -172,6 +171,10 @@ class _Rows:
         """The engine's products; returns how many."""
         return int(library().qb_layer(*arguments))
 
+    def multiply_floats(self, *arguments: Any) -> int:
+        """As multiply, of float32: scales, finish, window, operands."""
+        return int(library().qb_weight_only(byref(self.weight.structure), *arguments))
+
     def inward(self, x: Tensor) -> Tensor:
         if not x.dim() or x.shape[-1] != self.inputs:
             raise ValueError(f"a linear layer of {self.inputs} inputs met an input of shape {list(x.shape)}")
@@ -230,6 +233,10 @@ class _Images:
     def multiply(self, *arguments: Any) -> int:
         """The engine's products; returns how many."""
         return int((library().qb_depthwise if self.depthwise else library().qb_layer)(*arguments))
+
+    def multiply_floats(self, *arguments: Any) -> int:
+        """As multiply, of float32: scales, finish, window, operands."""
+        return int(library().qb_weight_only(byref(self.weight.structure), *arguments))
 
     def inward(self, x: Tensor) -> Tensor:
         """[N, H, W, C]."""
@@ -291,6 +298,12 @@ class _Transposed(_Images):
     def multiply(self, *arguments: Any) -> int:
         """The engine's products; returns how many."""
         return int(library().qb_transposed(*arguments, len(self.phases), math.prod(self.kernel)))
+
+    def multiply_floats(self, *arguments: Any) -> int:
+        """As multiply, of float32: scales, finish, window, operands."""
+        taps = math.prod(self.kernel)
+        weights = byref(self.weight.structure)
+        return int(library().qb_weight_only_transposed(weights, *arguments, len(self.phases), taps))
 
     def taps(self, phase: tuple[int, ...]) -> list[range]:
         """The taps that reach the pixels of a phase, along each axis."""
@@ -413,55 +426,39 @@ def dynamic(kind: str, c: Constants, macs: Macs) -> Kernel:
     return run
 
 
-def weight_only_linear(c: Constants, macs: Macs) -> Kernel:
-    """Float32 in and out, the weight read back tile by tile in the engine."""
-    shape = _Rows(c)
-    scales = tiled(_spread(c["weight_scale"], shape.outputs), 1)
-    finish = finish_floats(None, c["bias"], shape.outputs, 1)
+class _FloatDepthwise(_Images):
+    """A convolution of float32 with one input channel for each output channel."""
+
+    def prepare(self, c: Constants, weight: Tensor) -> None:
+        """The taps as [kernel height][kernel width][channels]."""
+        self.groups, zero_points = 1, c["weight_zero_point"]  # its constants lie channel by channel
+        self.taps = weight.permute(2, 3, 1, 0).contiguous()
+        self.zero_points = None if zero_points is None else tiled(_spread(zero_points, self.outputs).int(), 1)
+        self.bias = None if c["bias"] is None else tiled(c["bias"][:, None], 1)
+
+    def multiply_floats(self, *arguments: Any) -> int:
+        """The engine's products of scales, finish, window, operands; returns how many."""
+        scales, _, window, operands = arguments
+        constants = self.taps.data_ptr(), pointer(self.zero_points), scales, pointer(self.bias)
+        return int(library().qb_weight_only_depthwise(*constants, window, operands))
+
+
+def weight_only(kind: str, c: Constants, macs: Macs) -> Kernel:
+    """Float32 in and out; the engine reads the weight back piece by piece, no float copy of it is made."""
+    outputs, inputs = c["weight"].shape[:2]
+    depthwise = kind == "conv" and inputs == 1 and 1 < outputs == c["groups"]
+    shape: Shape = _FloatDepthwise(c) if depthwise else SHAPES[kind](c)
+    scales = tiled(_spread(c["weight_scale"], outputs), shape.groups)
+    finish = finish_floats(None, c["bias"], outputs, shape.groups)
 
     def run(x: Tensor) -> Tensor:
         x = floats(shape.inward(x))
         window, size, samples = shape.window_of(x)
         y = torch.empty(size)
         operands = Operands(x.data_ptr(), None, None, y.data_ptr(), samples)
-        macs.float32 += library().qb_weight_only(
-            byref(shape.weight.structure), scales.data_ptr(), byref(finish.structure), byref(window), byref(operands)
+        macs.float32 += shape.multiply_floats(
+            scales.data_ptr(), byref(finish.structure), byref(window), byref(operands)
         )
-        return y
+        return shape.outward(y)
 
     return run
-
-
-def weight_only_conv(c: Constants, macs: Macs) -> Kernel:
-    """The weight of this one layer is read back as float32 for the length of the call; the products are torch's."""
-    convolve = functional.conv1d if c["weight"].dim() == 3 else functional.conv2d
-    window = c["stride"], c["padding"], c["dilation"], c["groups"]
-    read_back = _reader(c)
-
-    def run(x: Tensor) -> Tensor:
-        y = convolve(x, read_back(), c["bias"], *window)
-        macs.float32 += y.numel() * c["weight"][0].numel()
-        return y
-
-    return run
-
-
-def weight_only_conv_transpose(c: Constants, macs: Macs) -> Kernel:
-    """As weight_only_conv."""
-    transpose = functional.conv_transpose1d if c["weight"].dim() == 3 else functional.conv_transpose2d
-    groups, inputs = c["groups"], c["weight"].shape[1] * c["groups"]
-    window = c["stride"], c["padding"], c["output_padding"], groups, c["dilation"]
-    read_back = _reader(c)
-
-    def run(x: Tensor) -> Tensor:
-        y = transpose(x, swapped(read_back(), groups), c["bias"], *window)
-        macs.float32 += x.numel() // inputs * c["weight"].numel()
-        return y
-
-    return run
-
-
-def _reader(c: Constants) -> Callable[[], Tensor]:
-    zero_point = c["weight_zero_point"]
-    zero_point = torch.zeros_like(c["weight_scale"], dtype=torch.int8) if zero_point is None else zero_point
-    return lambda: dequantize_weight(c["weight"], c["weight_scale"], zero_point, c["block"])

@@ -41,6 +41,8 @@ COUNTINGS = {
     "qb_probabilities": INT8_PRODUCTS,
     "qb_weighted_values": INT8_PRODUCTS,
     "qb_weight_only": FLOAT32_PRODUCTS,
+    "qb_weight_only_transposed": FLOAT32_PRODUCTS,
+    "qb_weight_only_depthwise": FLOAT32_PRODUCTS,
     "qb_weight_only_lstm": FLOAT32_PRODUCTS,
     "qb_quantize_rows": FAILURE,
     "qb_rows": FAILURE,

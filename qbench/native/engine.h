@@ -141,10 +141,17 @@ int64_t qb_packed_depthwise_size(int64_t channels, int64_t height, int64_t width
 int64_t qb_transposed(const qb::Weight*, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*,
                       int64_t phases, int64_t taps);
 
-// A convolution or a linear layer of float32 x: the weight is read back as float32 tile by tile. `scales` is laid out as
-// the multiplier of Finish, of which bias is `last`. Sums in any order.
+// A convolution or a linear layer of float32 x: the weight is read back as float32, some tiles and products of it at a
+// time. `scales` is laid out as the multiplier of Finish, of which bias is `last`. Sums in any order, products fused.
 int64_t qb_weight_only(const qb::Weight*, const float* scales, const qb::Finish*, const qb::Window*,
                        const qb::Operands*);
+// As qb_transposed; `scales` hold for the weights of all phases.
+int64_t qb_weight_only_transposed(const qb::Weight*, const float* scales, const qb::Finish*, const qb::Window*,
+                                  const qb::Operands*, int64_t phases, int64_t taps);
+// One input channel for each output channel: weight [kernel height][kernel width][channels], not packed; zero_points
+// (null: all 0), scales and bias (null: none) [channels].
+int64_t qb_weight_only_depthwise(const int8_t* weight, const int32_t* zero_points, const float* scales,
+                                 const float* bias, const qb::Window*, const qb::Operands*);
 
 // LSTM layers: c [samples][hidden] is read and written, y [steps][samples][hidden]. Return the multiply-accumulates, -1
 // where a value is not finite.

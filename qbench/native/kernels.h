@@ -24,6 +24,10 @@ struct Kernels {
   int64_t (*depthwise)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&);
   int64_t (*transposed)(const Weight*, const Finish&, const Window*, const Rows&, const Operands&, int64_t, int64_t);
   int64_t (*weight_only)(const Weight&, const float*, const Finish&, const Window&, const Operands&);
+  int64_t (*weight_only_transposed)(const Weight*, const float*, const Finish&, const Window*, const Operands&, int64_t,
+                                    int64_t);
+  int64_t (*weight_only_depthwise)(const int8_t*, const int32_t*, const float*, const float*, const Window&,
+                                   const Operands&);
   int64_t (*lstm)(const Recurrent&, const uint8_t*, const uint8_t*, float*, uint8_t*);
   int64_t (*dynamic_lstm)(const Recurrent&, const uint8_t*, const float*, const int32_t*, const float*, float*, float*);
   int64_t (*weight_only_lstm)(const Recurrent&, const float*, const float*, const float*, const float*, float*, float*);

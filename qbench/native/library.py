@@ -132,6 +132,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int64,
         [POINTER(Weight), c_void_p, POINTER(Finish), POINTER(Window), POINTER(Operands)],
     ),
+    "qb_weight_only_transposed": (
+        c_int64,
+        [POINTER(Weight), c_void_p, POINTER(Finish), POINTER(Window), POINTER(Operands), c_int64, c_int64],
+    ),
+    "qb_weight_only_depthwise": (c_int64, [*[c_void_p] * 4, POINTER(Window), POINTER(Operands)]),
     "qb_lstm": (c_int64, [POINTER(Recurrent), *[c_void_p] * 4]),
     "qb_dynamic_lstm": (c_int64, [POINTER(Recurrent), *[c_void_p] * 6]),
     "qb_weight_only_lstm": (c_int64, [POINTER(Recurrent), *[c_void_p] * 6]),
