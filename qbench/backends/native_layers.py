@@ -205,6 +205,7 @@ class _Images:
 
     weight: Held
     depthwise = False
+    block: int
 
     def __init__(self, c: Constants) -> None:
         weight = c["weight"]
