@@ -117,12 +117,12 @@ int64_t qb_weight_only(const Weight* weight, const float* scales, const Finish* 
 
 int64_t qb_weight_only_transposed(const Weight* weights, const float* scales, const Finish* finish, const Window* windows,
                                   const Operands* operands, int64_t phases, int64_t taps) {
-  return kernels().weight_only_transposed(weights, scales, *finish, windows, *operands, phases, taps);
+  return Call()->weight_only_transposed(weights, scales, *finish, windows, *operands, phases, taps);
 }
 
 int64_t qb_weight_only_depthwise(const int8_t* weight, const int32_t* zero_points, const float* scales,
                                  const float* bias, const Window* window, const Operands* operands) {
-  return kernels().weight_only_depthwise(weight, zero_points, scales, bias, *window, *operands);
+  return Call()->weight_only_depthwise(weight, zero_points, scales, bias, *window, *operands);
 }
 
 int64_t qb_lstm(const Recurrent* r, const uint8_t* x, const uint8_t* h, float* c, uint8_t* y) {

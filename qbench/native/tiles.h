@@ -51,6 +51,7 @@ void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const 
   for (int64_t p = 0; p < pieces.count; ++p) {
     const Code* a = row + pieces.offsets[p];
     for (int64_t k = 0; k < pieces.depth; k += 2, w += 2 * TILE, a += 2)
+#pragma GCC unroll 6  // g++ 12 makes vectors of the rows otherwise, and reads twice as many as there are
       for (int r = 0; r < R; ++r) {
         const int32_t first = a[r * stride], second = a[r * stride + 1];
         for (int j = 0; j < TILE; ++j) c[r][j] += uint32_t(first * w[2 * j] + second * w[2 * j + 1]);
