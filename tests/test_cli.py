@@ -45,7 +45,7 @@ BAD_INPUT = [
     (["measure.batch=0"], ["measure.batch=0", "at least 1"]),
     (["measure.processes=0"], ["measure.processes=0", "at least 1"]),
     (["measure.threads=many"], ["measure.threads='many'"]),
-    (["measure=fast"], ["measure=fast", "default, least, quick"]),
+    (["measure=fast"], ["measure=fast", "least, peers, quick"]),
     (["force=maybe"], ["force=maybe", "true or false"]),
     (["dry_run=1"], ["dry_run=1", "true or false"]),
     (["results="], ["results=", "folder"]),

@@ -468,7 +468,10 @@ class Plan:
         self._macs[0], self._macs[1] = self._of_torch
         for step in self._steps:
             if isinstance(step, _TorchCall):
-                _compute(step, memories)
+                try:
+                    _compute(step, memories)
+                except (IndexError, RuntimeError):
+                    return None
             elif self._run(ctypes.addressof(step[0]), step[1], ctypes.addressof(self._macs)):
                 return None
         macs.int8 += self._macs[0]
@@ -484,12 +487,22 @@ def _compute(call: _TorchCall, memories: dict[int, Tensor]) -> None:
 
     arguments, options = (pytree.tree_map(tensor, given) for given in (call.arguments, call.options))
     places = [tensor(view) for view in call.results]
-    if len(places) == 1 and "out" in call.function.overloadpacket.overloads():
+    if len(places) == 1 and _takes_out(call):
         call.function.overloadpacket.out(*arguments, **options, out=places[0])
         return
     results = pytree.tree_leaves(call.function(*arguments, **options))
     for place, result in zip(places, results, strict=True):
         place.copy_(result)
+
+
+def _takes_out(call: _TorchCall) -> bool:
+    """Is there a form of the operation that writes to a given tensor, for these very arguments?"""
+    packet = call.function.overloadpacket
+    if "out" not in packet.overloads() or call.results[0].dtype == torch.bfloat16:  # these round elsewhere
+        return False
+    names = {argument.name for argument in packet.out._schema.arguments}
+    ours = [argument.name for argument in call.function._schema.arguments[: len(call.arguments)]]
+    return names.issuperset([*ours, *call.options])
 
 
 def _addresses(call: _Call | _TorchCall) -> list[_Address]:

@@ -133,10 +133,12 @@ def embedding(c: Constants, macs: Macs) -> Kernel:
         table = saturate_(products, c["zero_point"], c["q_min"], c["q_max"], torch.uint8)
         look_up = _table_rows(table)
     else:
+        rows_of = _table_rows(values)
 
         def look_up(indices: Tensor) -> Tensor:
+            rows = rows_of(indices)  # first: it looks at the indices
             own = indices if scale.shape[0] > 1 else indices * 0  # all rows share
-            return dequantize_weight(values[indices], scale[own], zero_point[own], block)
+            return dequantize_weight(rows, scale[own], zero_point[own], block)
 
     def run(indices: Tensor) -> Tensor:
         if indices.dtype not in (torch.int64, torch.int32):

@@ -269,6 +269,7 @@ inline void multiply_pieces(int64_t rows, int wide, const Code* a, int64_t strid
 // are read, and sums written, up to a multiple of WHOLE. Within the life of a TileRegisters.
 inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride,
                      int64_t depth, int32_t* sums) {
+  if (!depth) std::memset(sums, 0, rows * wide * TILE * sizeof(int32_t));
 #if defined(QB_AMX)
   if (rows >= WORTH_TILES) {
     const int64_t chunk = chunk_of(depth);
