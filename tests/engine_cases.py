@@ -191,6 +191,8 @@ class Recorder:
             self._case = None
             assert counts[0] == counts[1]
             leaves = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True))
+            if any(one.untyped_storage().data_ptr() not in case.indices for one, _ in leaves):
+                return expected  # torch made the result out of the engine's, as of a float embedding's rows
             for one, other in leaves if case.calls else []:
                 case.result(one, other, tolerance * float(other.abs().max()) if tolerance and other.numel() else 0.0)
             self.cases += [case] if case.calls else []
