@@ -513,6 +513,15 @@ def test_two_threads_may_run_one_model() -> None:
     assert all(torch.equal(want, y) for y in seen)
 
 
+def test_a_path_that_there_is_not_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", "from qbench.native.library import isa; isa()"]
+    for forced, good in (("sse9", False), ("portable", True)):
+        monkeypatch.setenv("QBENCH_ISA", forced)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) is good
+        assert good or f"QBENCH_ISA={forced}: this CPU or this build has no such path" in done.stderr
+
+
 def test_the_paths_of_this_cpu_are_tested() -> None:
     """All of this file compares each of them; a name that QBENCH_ISA does not know leaves the choice of what runs."""
     assert {"portable", library.isa()} <= set(engines())

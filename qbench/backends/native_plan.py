@@ -470,7 +470,7 @@ class Plan:
             if isinstance(step, _TorchCall):
                 try:
                     _compute(step, memories)
-                except (IndexError, RuntimeError):
+                except (IndexError, RuntimeError):  # the plain run, which follows, raises it in words
                     return None
             elif self._run(ctypes.addressof(step[0]), step[1], ctypes.addressof(self._macs)):
                 return None

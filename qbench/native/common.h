@@ -70,14 +70,4 @@ class Scratch {
 constexpr float ROUNDER = 12582912.0f;
 constexpr int32_t ROUNDER_BITS = 0x4B400000;
 
-inline int32_t bits_of(float v) { return __builtin_bit_cast(int32_t, v); }
-inline float float_of(int32_t bits) { return __builtin_bit_cast(float, bits); }
-
-// R without its zero point: v rounded half to even and clamped; NaN gives the lower bound. |bounds| < 2^22.
-inline int32_t rounded(float v, float low, float high) {
-  v = v > low ? v : low;
-  v = v < high ? v : high;
-  return bits_of(v + ROUNDER) - ROUNDER_BITS;
-}
-
 }  // namespace qb

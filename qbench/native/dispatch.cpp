@@ -39,7 +39,8 @@ bool has_amx() {
 }
 #endif
 
-// The best that this CPU has; QBENCH_ISA names one that is to run instead, or is passed over where it cannot.
+// The best that this CPU has; QBENCH_ISA names one that is to run instead; where it cannot, `portable`
+// runs, and the loader (library.py) raises.
 const Kernels& chosen() {
   const char* forced = std::getenv("QBENCH_ISA");
   const auto may = [forced](const Kernels& k) { return !forced || !*forced || !std::strcmp(forced, k.name); };

@@ -2,7 +2,7 @@
 
 namespace {
 
-// R without its zero point, TILE at once; see `rounded`.
+// R without its zero point, TILE at once: rounded half to even and clamped; NaN gives the lower bound. |bounds| < 2^22.
 inline Ints rounded_lanes(Floats v, float low, float high) {
   return as_ints(at_most(above(v, low), high) + ROUNDER) - ROUNDER_BITS;
 }

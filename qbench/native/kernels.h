@@ -10,7 +10,6 @@ struct Codes {  // of a result: R(v)
   int32_t zero_point;
   Codes(int32_t zero, int32_t q_min, int32_t q_max)
       : low(float(q_min - zero)), high(float(q_max - zero)), zero_point(zero) {}
-  uint8_t of(float v) const { return uint8_t(rounded(v, low, high) + zero_point); }
 };
 
 struct Kernels {

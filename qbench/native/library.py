@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
@@ -189,9 +190,16 @@ def loaded_library() -> ctypes.CDLL:
         raise NativeUnavailable(f"{sources.WHY_NOT}; {sources.CURE}")
     _share_threads()
     try:
-        return load(sources.LIBRARY)
+        loaded = load(sources.LIBRARY)
     except OSError as error:
         raise NativeUnavailable(f"the native backend does not load ({error}); {sources.CURE}") from error
+    forced, ran = os.environ.get("QBENCH_ISA"), loaded.qb_isa().decode()
+    if forced and forced != ran:  # another path in its place would be a fallback without a word
+        known = ", ".join(sources.PATHS)
+        raise NativeUnavailable(
+            f"QBENCH_ISA={forced}: this CPU or this build has no such path (there are {known}); unset it"
+        )
+    return loaded
 
 
 def load(path: Path) -> ctypes.CDLL:
