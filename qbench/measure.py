@@ -37,7 +37,7 @@ class Measure:
     threads_large: int | None = None
     batch: int = 16
     processes: int = 3
-    rounds: int = 5
+    rounds: int = 3
     block_calls: int = 10
     block_ms: float = 50.0
     examples: int | None = None

@@ -18,6 +18,7 @@ from qbench.fusion import has_macs, is_move
 from qbench.ops import ACTIVATIONS, is_int8_op
 from qbench.recurrent import RECURRENT, check_lstm_sizes, is_cell_state, recurrent_macs
 
+TABLED = {getattr(torch.ops.qbench, name).default for name in ("linear", "conv", "conv_transpose")}
 EDGES = {torch.ops.qbench.quantize.default, torch.ops.qbench.dequantize.default}
 
 
@@ -134,9 +135,13 @@ def lower_graph(program: Program, backend: Engine, macs: Macs) -> fx.GraphModule
     """The graph again, with a prepared kernel in the place of each int8 operation."""
     graph, held = fx.Graph(), {}
     values: dict[fx.Node, fx.Node] = {}
+    fused = _fused_tables(program) if backend.fuses_tables else {}
     for node in program.graph.nodes:
-        if is_int8_op(node.target):
-            values[node] = _kernel_node(graph, node, program.tensors, backend, macs, values)
+        if node in fused.values():
+            values[node] = values[node.args[0]]
+        elif is_int8_op(node.target):
+            more = {"table": program.tensors[fused[node].kwargs["table"].target]} if node in fused else {}
+            values[node] = _kernel_node(graph, node, program.tensors, backend, macs, values, more)
         elif node.op == "call_function" and has_macs(node):
             kernel = _counting(node.target, macs)
             values[node] = graph.call_function(kernel, *fx.map_arg((node.args, node.kwargs), lambda n: values[n]))
@@ -151,6 +156,17 @@ def lower_graph(program: Program, backend: Engine, macs: Macs) -> fx.GraphModule
     return fx.GraphModule(attach(held), graph)
 
 
+def _fused_tables(program: Program) -> dict[fx.Node, fx.Node]:
+    """The tables that alone read the codes of a layer, by layer."""
+    return {
+        node.args[0]: node
+        for node in program.graph.nodes
+        if node.target is torch.ops.qbench.table.default
+        and node.args[0].target in TABLED
+        and len(node.args[0].users) == 1
+    }
+
+
 def _kernel_node(
     graph: fx.Graph,
     node: fx.Node,
@@ -158,7 +174,9 @@ def _kernel_node(
     backend: Engine,
     macs: Macs,
     values: dict[fx.Node, fx.Node],
+    more: dict[str, Any],
 ) -> fx.Node:
+    """The backend's kernel of a node; `more` are constants beside the node's own."""
     schema = node.target._schema.arguments
     given: dict[str, Any] = {a.name: a.default_value for a in schema} | dict(node.kwargs)
     given |= dict(zip([a.name for a in schema], node.args, strict=False))
@@ -167,7 +185,7 @@ def _kernel_node(
         name: tensors[value.target] if isinstance(value, fx.Node) else value
         for name, value in given.items()
         if name not in ACTIVATIONS
-    }
+    } | more
     kernel = backend.kernel(node, constants, macs)
     args = [None if a is None else values[a] for a in activations]
     while args[-1] is None:

@@ -22,15 +22,20 @@ DROPPED = 2  # first calls of a block: they find the neighbour's data in the cac
 WINDOW = 5  # the warm-up ends when the medians of so many blocks show no trend ...
 NO_TREND = 0.8
 MOST_WARM_UP = 10  # ... or after so many blocks
-ALONE = 3  # blocks of a contestant's time alone
+ALONE = 3  # blocks of a contestant's time alone, slow ones aside: these say as much in one
+LONG = 3  # a block of slow calls, SLOW_CALLS or more, ends at so many times the length that it must have
+SLOW_CALLS = 6
 DISTURBANCE = 0.05  # a contestant must reproduce its time alone to within this share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """A block has at least `block_calls` calls (three or more) and `block_s` seconds; `pause_s` of sleep between."""
+    """A block has at least `block_calls` calls (three or more) and `block_s` seconds; `pause_s` of sleep between.
 
-    rounds: int = 5
+    Where `block_calls` calls take more than LONG * `block_s`, SLOW_CALLS are enough.
+    """
+
+    rounds: int = 3
     block_calls: int = 10
     block_s: float = 0.05
     pause_s: float = 0.02
@@ -103,6 +108,8 @@ def _block(call: Call, timing: Timing, clock: Callable[[], float]) -> list[float
     times: list[float] = []
     start = now = clock()
     while len(times) < timing.block_calls or now - start < timing.block_s:
+        if len(times) >= SLOW_CALLS and now - start >= LONG * timing.block_s > 0:
+            break
         before = now
         call()
         now = clock()
@@ -123,10 +130,13 @@ def _warm_up(call: Call, timing: Timing, clock: Callable[[], float], sleep: Call
 
 def _alone(call: Call, timing: Timing, clock: Callable[[], float], sleep: Callable[[float], None]) -> float:
     """Its time without the others, from blocks like those of the rounds: shorter ones would be colder."""
-    medians = []
-    for _ in range(ALONE):
+    medians: list[float] = []
+    slow = False
+    while len(medians) < ALONE and not slow:
         sleep(timing.pause_s)
+        start = clock()
         medians.append(median(_block(call, timing, clock)))
+        slow = clock() - start >= LONG * timing.block_s > 0
     return median(medians)
 
 

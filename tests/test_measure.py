@@ -122,9 +122,10 @@ def test_warm_up_goes_on_while_a_trend_lasts() -> None:
     assert endless.settled == {"a": False}
 
 
-def test_slow_calls_do_not_prolong_the_warm_up() -> None:
+def test_slow_calls_prolong_neither_the_warm_up_nor_the_blocks() -> None:
+    """Of 2 s calls a block has 6 instead of 10, and one block tells the time alone."""
     _, clock = timed(Timing(rounds=1), a=lambda n: 2.0)
-    assert clock.blocks() == [("a", 1)] * 5 + [("a", 10)] * 4
+    assert clock.blocks() == [("a", 1)] * 5 + [("a", 6)] * 2
 
 
 def test_the_time_alone_comes_from_blocks_like_those_of_the_rounds() -> None:

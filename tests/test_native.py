@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qbench
-from qbench.backends import native, native_plan
+from qbench.backends import native, native_plan, native_writer
 from qbench.capture import capture
 from qbench.metrics import sqnr_db
 from qbench.model import QuantizedModel
 from qbench.native import library, sources
+from qbench.program import lower_graph
 from qbench.quantization import quantize_network
 from qbench.recipe import Recipe
 from qbench.weights import final_weights
@@ -95,7 +96,7 @@ def engines() -> dict[str, ctypes.CDLL]:
 def running(engine: ctypes.CDLL) -> Iterator[None]:
     """Within, the native backend is this library."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (library, native_plan):
+        for module in (library, native_plan, native_writer):
             patch.setattr(module, "loaded_library", lambda: engine)
         yield
 
@@ -195,6 +196,44 @@ class Residual(nn.Module):
 @given(Quantizations)
 def test_a_fused_residual(recipe: Recipe) -> None:
     assert_same(seeded(Residual), (normal(2, 4, 7, 5),), recipe)
+
+
+class Activated(nn.Module):
+    """Layers that a table follows at once (and one whose codes something else reads too)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(4, 70, 3, padding=1),
+                nn.Conv2d(70, 70, 3, padding=1, groups=70),
+                nn.Conv2d(70, 12, 1),
+                nn.ConvTranspose2d(12, 9, 3, 2),
+            ]
+        )
+        self.shared, self.last = nn.Linear(9, 37), nn.Linear(37, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = nn.functional.hardswish(layer(x))
+        x = self.shared(x.mean((2, 3)))
+        result: Tensor = nn.functional.gelu(self.last(x * nn.functional.silu(x)))
+        return result
+
+
+@few
+@given(Quantizations)
+def test_tables_after_layers(recipe: Recipe) -> None:
+    assert_same(seeded(Activated), (normal(2, 4, 7, 6),), recipe)
+
+
+def test_the_layer_looks_up_the_table_that_alone_follows_it() -> None:
+    x = (normal(2, 4, 7, 6),)
+    model = quantize_network(capture(seeded(Activated), x), Recipe(method="ptsq"), [x], "native")
+    tables = str(model.program.graph).count("qbench.table")
+    lowered = lower_graph(model.program, native(), model.macs)
+    kernels = [node.target.__name__ for node in lowered.graph.nodes if node.op == "call_function"]
+    assert (tables, kernels.count("table")) == (6, 1)
 
 
 @few

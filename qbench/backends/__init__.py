@@ -73,7 +73,13 @@ class Backend(Protocol):
 
 
 class Engine(Backend, Protocol):
-    """What executes a program."""
+    """What executes a program.
+
+    With `fuses_tables` the kernel of a linear or convolutional layer gets the constant `table` where a table follows it
+    and nothing else reads its result: it looks its codes up itself.
+    """
+
+    fuses_tables: ClassVar[bool]
 
     def kernel(self, node: fx.Node, constants: dict[str, Any], macs: Macs) -> Callable[..., Any]:
         """A function of the activations only that executes one node of the int8 program.
@@ -118,6 +124,7 @@ class native:
 
     name: ClassVar[str] = "native"
     label: ClassVar[str] = "native"
+    fuses_tables: ClassVar[bool] = True
     latency_is_result: ClassVar[bool] = True
     evaluate: ClassVar[str] = OWN_EVALUATION
     alone: ClassVar[bool] = False
@@ -163,6 +170,7 @@ class reference:
 
     name: ClassVar[str] = "reference"
     label: ClassVar[str] = "ref"
+    fuses_tables: ClassVar[bool] = False
     latency_is_result: ClassVar[bool] = False
     evaluate: ClassVar[str] = OWN_EVALUATION
     alone: ClassVar[bool] = False

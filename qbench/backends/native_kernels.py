@@ -12,7 +12,7 @@ from torch import Tensor
 from qbench.backends import native_layers as layers
 from qbench.backends import native_lstm as recurrent
 from qbench.backends import native_transformer as transformer
-from qbench.backends.native_layers import Constants, Kernel, codes, floats
+from qbench.backends.native_operands import Constants, Kernel, codes, floats
 from qbench.native.library import Averaging, Window, byref, library
 from qbench.numerics import multiplier, saturate_
 

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qbench.backends.native_layers import (
+from qbench.backends.native_operands import (
+    NOT_FINITE,
     Constants,
     Held,
     Kernel,
-    _spread,
     codes,
     finish_codes,
     finish_floats,
     floats,
     packed,
     rows_as_codes,
+    spread_out,
     tiled,
 )
 from qbench.native.library import Recurrent, byref, library
@@ -107,7 +108,7 @@ def dynamic(c: Constants, macs: Macs) -> Kernel:
         inputs = x_codes.data_ptr(), scales.data_ptr(), zero_points.data_ptr()
         count = library().qb_dynamic_lstm(byref(call), *inputs, state.data_ptr(), cell.data_ptr(), y.data_ptr())
         if count < 0:
-            raise ValueError("dynamic quantization met a value that is not finite (NaN or infinity)")
+            raise ValueError(NOT_FINITE)
         macs.int8 += count
         return y, y[-1:], cell.unsqueeze(0)
 
@@ -119,7 +120,7 @@ def weight_only(c: Constants, macs: Macs) -> Kernel:
     outputs = len(c["weight_ih"])
     finish_ih, finish_hh = finish_floats(None, None, outputs, 1), finish_floats(None, c["bias"], outputs, 1)
     layer = _Layer(c, finish_ih, finish_hh)
-    scales = [tiled(_spread(c[f"{name}_scale"], outputs), 1) for name in ("weight_ih", "weight_hh")]
+    scales = [tiled(spread_out(c[f"{name}_scale"], outputs), 1) for name in ("weight_ih", "weight_hh")]
 
     def run(x: Tensor, h: Tensor | None = None, cell: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         layer.check(x, (h, cell))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qbench.backends.native_layers import Constants, Kernel, codes, floats, pointer, rows_as_codes
+from qbench.backends.native_operands import NOT_FINITE, Constants, Kernel, codes, floats, pointer, rows_as_codes
 from qbench.native.library import ALL, EACH_HEAD, EACH_ROW, Attention, Quantized, byref, library
 from qbench.numerics import (
     PROBABILITIES,
@@ -87,15 +87,20 @@ def dynamic_attention(c: Constants, macs: Macs) -> Kernel:
         (qq, held_q), (kk, held_k) = quantized(operands.q, rows), quantized(operands.k, rows)
         vv, held_v = quantized(operands.v, heads)
         call = operands.call(m_scores=round_to_float32(c["factor"]), causal=c["causal"])
-        p = torch.empty(*operands.batch, operands.sizes[0], operands.sizes[1])
-        value_scales = held_v[1].data_ptr() if by_value else None
-        macs.int8 += library().qb_probabilities(byref(call), byref(qq), byref(kk), value_scales, p.data_ptr())
-        pp, held_p = quantized(p, rows)
-        if by_value:
-            vv.scales = None
         y = torch.empty(*operands.batch, operands.sizes[0], operands.sizes[3])
-        macs.int8 += library().qb_weighted_values(byref(call), byref(pp), byref(vv), y.data_ptr())
-        del held_q, held_k, held_v, held_p  # alive until here
+        if per_row:
+            all_of_it = byref(call), byref(qq), byref(kk), byref(vv), by_value, scheme == "affine", y.data_ptr()
+            products = library().qb_dynamic_attention(*all_of_it)
+            if products < 0:
+                raise ValueError(NOT_FINITE)
+            macs.int8 += products
+        else:
+            p = torch.empty(*operands.batch, operands.sizes[0], operands.sizes[1])
+            macs.int8 += library().qb_probabilities(byref(call), byref(qq), byref(kk), p.data_ptr())
+            pp, held_p = quantized(p, ALL)
+            macs.int8 += library().qb_weighted_values(byref(call), byref(pp), byref(vv), y.data_ptr())
+            del held_p
+        del held_q, held_k, held_v  # alive until here
         return y
 
     return run

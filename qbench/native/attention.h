@@ -207,8 +207,59 @@ inline int64_t scale_of(int64_t head, int64_t row, int64_t rows, int32_t sharing
   return sharing == EACH_ROW ? head * rows + row : sharing == EACH_HEAD ? head : 0;
 }
 
-// p = e / sum, times the scale of each value where `value_scales` are given: float32 [heads][queries][keys].
-int64_t probabilities(const Attention& a, const Quantized& q, const Quantized& k, const float* value_scales, float* y) {
+// Scores of `count` queries from `first` on of a head to probabilities, in their place: e / sum, times the scale of each
+// value where `value_scales` are given.
+inline void weigh_keys(const Attention& a, const Quantized& q, const Quantized& k, const float* value_scales, int64_t head,
+                       int64_t first, int64_t count, const Heads& h) {
+  int32_t zeros[AT_ONCE];
+  for (int64_t r = 0; r < count; ++r) {
+    zeros[r] = q.zero_points[scale_of(head, first + r, a.queries, q.sharing)];
+    h.row(q.codes + (head * a.queries + first + r) * a.depth, a.depth, zeros[r], h.rows + r * h.keys.depth);
+  }
+  h.product(h.keys, count, zeros, a.keys, a.depth, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
+    const float q_scale = q.scales[scale_of(head, first + r, a.queries, q.sharing)];
+    const int64_t own = scale_of(head, column, a.keys, k.sharing), left = a.keys - column;
+    const bool each = k.sharing == EACH_ROW;
+    const Floats k_scales = each ? taken<Floats>(k.scales + own, left) : Floats{} + k.scales[own];
+    const Ints k_zeros = each ? taken<Ints>(k.zero_points + own, left) : Ints{} + k.zero_points[own];
+    set_lanes(h.scores + r * h.stride + column,
+              to_floats(centred_sums(sums, k_zeros, row_sum)) * (q_scale * k_scales * a.m_scores));
+  });
+  for (int64_t r = 0; r < count; ++r) {
+    float* scores = h.scores + r * h.stride;
+    masked(a, head, first + r, h.stride, scores);
+    const float sum = std::max(weigh(scores, h.stride), 1.0f);
+    for (int64_t j = 0; j < a.keys; j += TILE) {
+      Floats p = lanes_at(scores + j) / sum;
+      if (value_scales) p *= taken<Floats>(value_scales + head * a.keys + j, a.keys - j);
+      set_lanes(scores + j, p);
+    }
+  }
+}
+
+// f32(sum of p v) * (s_p * s_v) for `count` queries: codes, scales and zero points of p lie row by row from these on.
+inline void add_values(const Attention& a, const uint8_t* codes, const float* scales, const int32_t* zeros,
+                       const Quantized& v, int64_t head, int64_t count, const Heads& h, float* y) {
+  const int32_t* v_zeros = v.zero_points + scale_of(head, 0, a.keys, v.sharing);
+  uint32_t corrections[AT_ONCE];  // sum of p (zero point - 128) over the values
+  for (int64_t r = 0; r < count; ++r, codes += a.keys) {
+    h.row(codes, a.keys, zeros[r], h.rows + r * h.values.depth);
+    uint32_t correction = 0;
+    if (v.sharing == EACH_ROW)
+      for (int64_t j = 0; j < a.keys; ++j) correction += uint32_t((codes[j] - zeros[r]) * (v_zeros[j] - 128));
+    else
+      for (int64_t j = 0; j < a.keys; ++j) correction += uint32_t(codes[j] - zeros[r]) * uint32_t(v_zeros[0] - 128);
+    corrections[r] = correction;
+  }
+  const float v_scale = v.scales ? v.scales[scale_of(head, 0, a.keys, v.sharing)] : 1.0f;
+  h.product(h.values, count, zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t) {
+    const Floats value = to_floats(as_ints(as_wrapping(sums) - corrections[r])) * (scales[r] * v_scale);
+    put(value, a.width - column, y + r * a.width + column);
+  });
+}
+
+// Probabilities float32 [heads][queries][keys].
+int64_t probabilities(const Attention& a, const Quantized& q, const Quantized& k, float* y) {
   const int threads = threads_for(a.heads * a.queries * a.keys * a.depth, WORTH_A_THREAD);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t head = 0; head < a.heads; ++head) {
@@ -217,39 +268,20 @@ int64_t probabilities(const Attention& a, const Quantized& q, const Quantized& k
     h.keys.pack_rows(k.codes + head * a.keys * a.depth, a.keys, a.depth);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);
-      int32_t zeros[AT_ONCE];
-      for (int64_t r = 0; r < count; ++r) {
-        zeros[r] = q.zero_points[scale_of(head, first + r, a.queries, q.sharing)];
-        h.row(q.codes + (head * a.queries + first + r) * a.depth, a.depth, zeros[r], h.rows + r * h.keys.depth);
-      }
-      h.product(h.keys, count, zeros, a.keys, a.depth, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
-        const float q_scale = q.scales[scale_of(head, first + r, a.queries, q.sharing)];
-        const int64_t own = scale_of(head, column, a.keys, k.sharing), left = a.keys - column;
-        const bool each = k.sharing == EACH_ROW;
-        const Floats k_scales = each ? taken<Floats>(k.scales + own, left) : Floats{} + k.scales[own];
-        const Ints k_zeros = each ? taken<Ints>(k.zero_points + own, left) : Ints{} + k.zero_points[own];
-        set_lanes(h.scores + r * h.stride + column,
-                  to_floats(centred_sums(sums, k_zeros, row_sum)) * (q_scale * k_scales * a.m_scores));
-      });
-      for (int64_t r = 0; r < count; ++r) {
-        float* scores = h.scores + r * h.stride;
-        masked(a, head, first + r, h.stride, scores);
-        const float sum = std::max(weigh(scores, h.stride), 1.0f);
-        float* out = y + (head * a.queries + first + r) * a.keys;
-        for (int64_t j = 0; j < a.keys; j += TILE) {
-          Floats p = lanes_at(scores + j) / sum;
-          if (value_scales) p *= taken<Floats>(value_scales + head * a.keys + j, a.keys - j);
-          put(p, a.keys - j, out + j);
-        }
-      }
+      weigh_keys(a, q, k, nullptr, head, first, count, h);
+      for (int64_t r = 0; r < count; ++r)
+        std::memcpy(y + (head * a.queries + first + r) * a.keys, h.scores + r * h.stride, a.keys * sizeof(float));
     }
   }
   return a.heads * a.queries * a.keys * a.depth;
 }
 
-// f32(sum of p v) * (s_p * s_v): float32 [heads][queries][width]. Where the scales of v lie in p already, v.scales is
-// null, and each value has a zero point of its own.
+// Float32 [heads][queries][width] of probabilities that share one scale.
 int64_t weighted_values(const Attention& a, const Quantized& p, const Quantized& v, float* y) {
+  float scales[AT_ONCE];
+  int32_t zeros[AT_ONCE];
+  std::fill(scales, scales + AT_ONCE, p.scales[0]);
+  std::fill(zeros, zeros + AT_ONCE, p.zero_points[0]);
   const int threads = threads_for(a.heads * a.queries * a.keys * a.width, WORTH_A_THREAD);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t head = 0; head < a.heads; ++head) {
@@ -257,30 +289,42 @@ int64_t weighted_values(const Attention& a, const Quantized& p, const Quantized&
     if (!h.complete()) continue;
     h.values.pack_columns(v.codes + head * a.keys * a.width, a.width, a.keys);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
-      const int64_t count = std::min(AT_ONCE, a.queries - first);
-      int32_t zeros[AT_ONCE];
-      uint32_t corrections[AT_ONCE];  // sum of p (zero point - 128) over the values
-      for (int64_t r = 0; r < count; ++r) {
-        const uint8_t* codes = p.codes + (head * a.queries + first + r) * a.keys;
-        zeros[r] = p.zero_points[scale_of(head, first + r, a.queries, p.sharing)];
-        h.row(codes, a.keys, zeros[r], h.rows + r * h.values.depth);
-        const int32_t* v_zeros = v.zero_points + scale_of(head, 0, a.keys, v.sharing);
-        uint32_t correction = 0;
-        if (v.sharing == EACH_ROW)
-          for (int64_t j = 0; j < a.keys; ++j) correction += uint32_t((codes[j] - zeros[r]) * (v_zeros[j] - 128));
-        else
-          for (int64_t j = 0; j < a.keys; ++j) correction += uint32_t(codes[j] - zeros[r]) * uint32_t(v_zeros[0] - 128);
-        corrections[r] = correction;
-      }
-      h.product(h.values, count, zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t) {
-        const float m = p.scales[scale_of(head, first + r, a.queries, p.sharing)] *
-                        (v.scales ? v.scales[scale_of(head, 0, a.keys, v.sharing)] : 1.0f);
-        const Floats value = to_floats(as_ints(as_wrapping(sums) - corrections[r])) * m;
-        put(value, a.width - column, y + (head * a.queries + first + r) * a.width + column);
-      });
+      const int64_t row = head * a.queries + first, count = std::min(AT_ONCE, a.queries - first);
+      add_values(a, p.codes + row * a.keys, scales, zeros, v, head, count, h, y + row * a.width);
     }
   }
   return a.heads * a.queries * a.keys * a.width;
+}
+
+// Both at once where each row of probabilities has a scale of its own. Where `by_value`, each value has one too, which is
+// multiplied into the probabilities. Returns -1 where a probability is not finite.
+int64_t dynamic_attention(const Attention& a, const Quantized& q, const Quantized& k, const Quantized& v, bool by_value,
+                          bool affine, float* y) {
+  Quantized values = v;
+  if (by_value) values.scales = nullptr;
+  int32_t odd = 0;
+  const int threads = threads_for(a.heads * a.queries * a.keys * (a.depth + a.width), WORTH_A_THREAD);
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : odd) if (threads > 1)
+  for (int64_t head = 0; head < a.heads; ++head) {
+    static thread_local Scratch coded;
+    Heads h(a);
+    uint8_t* codes = coded.of<uint8_t>(AT_ONCE * a.keys);
+    if (!h.complete() || !codes) continue;
+    h.keys.pack_rows(k.codes + head * a.keys * a.depth, a.keys, a.depth);
+    h.values.pack_columns(v.codes + head * a.keys * a.width, a.width, a.keys);
+    for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
+      const int64_t count = std::min(AT_ONCE, a.queries - first);
+      float scales[AT_ONCE];
+      int32_t zeros[AT_ONCE];
+      weigh_keys(a, q, k, by_value ? v.scales : nullptr, head, first, count, h);
+      bool finite = true;
+      for (int64_t r = 0; r < count; ++r)
+        finite &= quantize_row(h.scores + r * h.stride, a.keys, affine, codes + r * a.keys, scales[r], zeros[r]);
+      odd |= !finite;
+      if (finite) add_values(a, codes, scales, zeros, values, head, count, h, y + (head * a.queries + first) * a.width);
+    }
+  }
+  return odd ? -1 : a.heads * a.queries * a.keys * (a.depth + a.width);
 }
 
 }  // namespace

@@ -15,7 +15,9 @@ void in_parts(int64_t count, const F& run) {
 
 void quantize(const float* x, int64_t count, float scale, Codes codes, uint8_t* y) {
   in_parts(count, [=](int64_t i, int64_t end) {
-    encode(codes, i, end, y, [=](int64_t k, int64_t some) { return taken<Floats>(x + k, some) / scale; });
+    encode(codes, i, end, y, [=, inverse = 1.0f / scale](int64_t k, int64_t some) {
+      return quotient(taken<Floats>(x + k, some), scale, inverse);
+    });
   });
 }
 
@@ -28,36 +30,37 @@ void range_to_scale(double low, double high, bool affine, float& scale, int32_t&
   zero_point = affine ? int32_t(std::min(std::max(std::nearbyint(-low / double(scale)), 0.0), 255.0)) : 128;
 }
 
+// Codes of a row by its own range; false, and nothing written, where a value is not finite.
+bool quantize_row(const float* x, int64_t count, bool affine, uint8_t* y, float& row_scale, int32_t& zero_point) {
+  Floats low = {}, high = {};
+  Ints odd_ones = {};
+  for (int64_t i = 0; i < count; i += TILE) {
+    const Floats v = taken<Floats>(x + i, count - i);
+    low = lower_of(v, low), high = higher_of(v, high);
+    odd_ones |= (as_ints(v) & 0x7F800000) + 0x00800000;  // below 0 where the exponent is the highest
+  }
+  int32_t exponents = 0;
+  float lowest = 0.0f, highest = 0.0f;
+  for (int j = 0; j < TILE; ++j) {
+    lowest = std::min(lowest, low[j]), highest = std::max(highest, high[j]);
+    exponents |= odd_ones[j];
+  }
+  if (exponents < 0) return false;
+  range_to_scale(lowest, highest, affine, row_scale, zero_point);
+  const Codes codes(zero_point, affine ? 0 : 1, 255);
+  encode(codes, 0, count, y, [=, scale = row_scale, inverse = 1.0f / row_scale](int64_t k, int64_t some) {
+    return quotient(taken<Floats>(x + k, some), scale, inverse);
+  });
+  return true;
+}
+
 int32_t quantize_rows(const float* x, int64_t rows, int64_t count, bool affine, uint8_t* y, float* scales,
                       int32_t* zero_points) {
   int32_t odd = 0;
   const int threads = threads_for(rows * count, WORTH_A_THREAD_BYTES);
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : odd) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* at = x + row * count;
-    Floats low = {}, high = {};
-    Ints odd_ones = {};
-    for (int64_t i = 0; i < count; i += TILE) {
-      const Floats v = taken<Floats>(at + i, count - i);
-      low = lower_of(v, low), high = higher_of(v, high);
-      odd_ones |= (as_ints(v) & 0x7F800000) + 0x00800000;  // below 0 where the exponent is the highest
-    }
-    int32_t exponents = 0;
-    float lowest = 0.0f, highest = 0.0f;
-    for (int j = 0; j < TILE; ++j) {
-      lowest = std::min(lowest, low[j]), highest = std::max(highest, high[j]);
-      exponents |= odd_ones[j];
-    }
-    if (exponents < 0) {
-      odd = 1;
-      continue;
-    }
-    range_to_scale(lowest, highest, affine, scales[row], zero_points[row]);
-    const Codes codes(zero_points[row], affine ? 0 : 1, 255);
-    const float scale = scales[row];
-    uint8_t* out = y + row * count;
-    encode(codes, 0, count, out, [=](int64_t k, int64_t some) { return taken<Floats>(at + k, some) / scale; });
-  }
+  for (int64_t row = 0; row < rows; ++row)
+    odd |= !quantize_row(x + row * count, count, affine, y + row * count, scales[row], zero_points[row]);
   return odd;
 }
 
@@ -85,27 +88,8 @@ void mul(const uint8_t* a, const uint8_t* b, int64_t count, int32_t a_zero, int3
   });
 }
 
-#if defined(QB_AVX512)
-__attribute__((target("avx512f,avx512bw,avx512vbmi"))) void look_up_64(const uint8_t* x, int64_t count,
-                                                                          const uint8_t* table, uint8_t* y) {
-  const __m512i a = _mm512_loadu_si512(table), b = _mm512_loadu_si512(table + 64);
-  const __m512i c = _mm512_loadu_si512(table + 128), d = _mm512_loadu_si512(table + 192);
-  for (int64_t i = 0; i < count; i += 64) {
-    const uint64_t there = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
-    const __m512i index = _mm512_maskz_loadu_epi8(there, x + i);
-    const __m512i low = _mm512_permutex2var_epi8(a, index, b), high = _mm512_permutex2var_epi8(c, index, d);
-    _mm512_mask_storeu_epi8(y + i, there, _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high));
-  }
-}
-#endif
-
 void look_up(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) {
-  in_parts(count, [=](int64_t i, int64_t end) {
-#if defined(QB_AVX512)
-    if (__builtin_cpu_supports("avx512vbmi")) return look_up_64(x + i, end - i, table, y + i);
-#endif
-    for (; i < end; ++i) y[i] = table[x[i]];
-  });
+  in_parts(count, [=](int64_t i, int64_t end) { replace(x + i, end - i, table, y + i); });
 }
 
 typedef uint8_t Lines __attribute__((vector_size(64), aligned(1), may_alias));

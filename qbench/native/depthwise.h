@@ -147,7 +147,8 @@ inline void join(const uint8_t* const* rows, int64_t count, uint8_t* out) {
 struct Depthwise {
   const Weight& weight;
   Weight plain;  // for finishers: zero points are taken off here
-  const Finish& finish;
+  Finish finish;  // without the table, which takes whole rows of the result
+  const uint8_t* table;
   const Window& v;
   const Rows& rows;
   const Operands& o;
@@ -155,8 +156,9 @@ struct Depthwise {
   bool codes;
 
   Depthwise(const Weight& w, const Finish& f, const Window& window, const Rows& r, const Operands& operands)
-      : weight(w), plain(w), finish(f), v(window), rows(r), o(operands) {
+      : weight(w), plain(w), finish(f), table(f.table), v(window), rows(r), o(operands) {
     plain.zero_points = nullptr;
+    finish.table = nullptr;
     channels = v.channels;
     all = rounded_up(channels, CHANNELS);
     n = joins(v.kernel_height);
@@ -296,6 +298,8 @@ struct Depthwise {
       lines_by_three<OUT>(line, zero, joined);
     else
       lines<OUT, false>(line, zero, joined);
+    uint8_t* y = static_cast<uint8_t*>(o.y) + line * v.out_width * channels;
+    if (table) replace(y, OUT * v.out_width * channels, table, y);
   }
 };
 

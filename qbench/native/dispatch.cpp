@@ -144,9 +144,13 @@ int64_t qb_attention(const Attention* a, const uint8_t* q, const uint8_t* k, con
   return Call()->attention(*a, q, k, v, y);
 }
 
-int64_t qb_probabilities(const Attention* a, const Quantized* q, const Quantized* k, const float* value_scales,
-                         float* y) {
-  return Call()->probabilities(*a, *q, *k, value_scales, y);
+int64_t qb_dynamic_attention(const Attention* a, const Quantized* q, const Quantized* k, const Quantized* v,
+                             int32_t by_value, int32_t affine, float* y) {
+  return Call()->dynamic_attention(*a, *q, *k, *v, by_value, affine, y);
+}
+
+int64_t qb_probabilities(const Attention* a, const Quantized* q, const Quantized* k, float* y) {
+  return Call()->probabilities(*a, *q, *k, y);
 }
 
 int64_t qb_weighted_values(const Attention* a, const Quantized* p, const Quantized* v, float* y) {

@@ -7,6 +7,17 @@ inline Ints rounded_lanes(Floats v, float low, float high) {
   return as_ints(at_most(above(v, low), high) + ROUNDER) - ROUNDER_BITS;
 }
 
+// x / scale for `rounded_lanes` with codes as bounds; `inverse` is 1 / scale. A product with that lies within 1e-4 of the
+// quotient where this is below 512, so it rounds to the same code unless it lies so near to a half, or is no number.
+inline Floats quotient(Floats x, float scale, [[maybe_unused]] float inverse) {
+#if defined(QB_AVX512)
+  const Floats near = x * inverse, off = near - (near + ROUNDER - ROUNDER);
+  const __mmask16 sure = _mm512_cmp_ps_mask(_mm512_abs_ps(__m512(off)), _mm512_set1_ps(0.5f - 1e-4f), _CMP_LT_OQ);
+  if (__builtin_expect(sure == 0xFFFF, 1)) return near;
+#endif
+  return x / scale;
+}
+
 // TILE values from x on; of the last `count` < TILE, the others are 0.
 template <class Vector, class In>
 inline Vector taken(const In* x, int64_t count) {
@@ -30,6 +41,28 @@ inline void put(Vector v, int64_t count, Out* y) {
 // Codes less their zero point.
 inline Floats centred_codes(const uint8_t* x, int64_t count, int32_t zero_point) {
   return to_floats(to_ints(taken<Bytes>(x, count)) - zero_point);
+}
+
+#if defined(QB_AVX512)
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) void look_up_64(const uint8_t* x, int64_t count,
+                                                                          const uint8_t* table, uint8_t* y) {
+  const __m512i a = _mm512_loadu_si512(table), b = _mm512_loadu_si512(table + 64);
+  const __m512i c = _mm512_loadu_si512(table + 128), d = _mm512_loadu_si512(table + 192);
+  for (int64_t i = 0; i < count; i += 64) {
+    const uint64_t there = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
+    const __m512i index = _mm512_maskz_loadu_epi8(there, x + i);
+    const __m512i low = _mm512_permutex2var_epi8(a, index, b), high = _mm512_permutex2var_epi8(c, index, d);
+    _mm512_mask_storeu_epi8(y + i, there, _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high));
+  }
+}
+#endif
+
+// y[i] = table[x[i]]; y may be x.
+inline void replace(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) {
+#if defined(QB_AVX512)
+  if (__builtin_cpu_supports("avx512vbmi")) return look_up_64(x, count, table, y);
+#endif
+  for (int64_t i = 0; i < count; ++i) y[i] = table[x[i]];
 }
 
 // y[i] = R(value): value(i, count) gives those of i on, `count` of them at least.

@@ -36,7 +36,8 @@ struct Finish {
   int32_t residual_zero_point;
   int32_t zero_point, q_min, q_max;
   float low, high;
-  int32_t to_float;  // 0: codes
+  int32_t to_float;      // 0: codes
+  const uint8_t* table;  // [256], each code is replaced by its entry; null: none
 };
 
 // How a kernel slides over an image; a linear layer is a 1 x 1 kernel over images of 1 x 1 pixels.
@@ -161,10 +162,12 @@ int64_t qb_dynamic_lstm(const qb::Recurrent*, const uint8_t* x, const float* x_s
 int64_t qb_weight_only_lstm(const qb::Recurrent*, const float* scales_ih, const float* scales_hh, const float* x,
                             const float* h, float* c, float* y);
 
-// Attention; the dynamic one in two halves, between which the probabilities become codes.
+// Attention. The dynamic one, where each row of probabilities has a scale of its own, returns -1 where one is not finite;
+// where all share one it comes in two halves, between which the probabilities become codes.
 int64_t qb_attention(const qb::Attention*, const uint8_t* q, const uint8_t* k, const uint8_t* v, uint8_t* y);
-int64_t qb_probabilities(const qb::Attention*, const qb::Quantized* q, const qb::Quantized* k,
-                         const float* value_scales, float* y);
+int64_t qb_dynamic_attention(const qb::Attention*, const qb::Quantized* q, const qb::Quantized* k,
+                             const qb::Quantized* v, int32_t by_value, int32_t affine, float* y);
+int64_t qb_probabilities(const qb::Attention*, const qb::Quantized* q, const qb::Quantized* k, float* y);
 int64_t qb_weighted_values(const qb::Attention*, const qb::Quantized* p, const qb::Quantized* v, float* y);
 
 // R(((q - zero point) - mean) * rstd * gamma + beta) over rows of `count` codes.

@@ -111,6 +111,7 @@ struct Finisher {
       const Ints q = rounded_lanes(lanes_at(t + n * TILE), low, high) + finish.zero_point;
       if (n * TILE < outputs) put(to_bytes(q), outputs - n * TILE, y + n * TILE);
     }
+    if (finish.table) replace(y, outputs, finish.table, y);
   }
 
   void floats(const float* t, float* y) const {
@@ -204,6 +205,7 @@ struct Finisher {
         _mm512_mask_storeu_epi8(y, there, codes);
       else
         _mm512_storeu_si512(y, codes);
+      if (finish.table) replace(y, outputs, finish.table, y);
     }
   }
 

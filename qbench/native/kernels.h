@@ -31,7 +31,8 @@ struct Kernels {
   int64_t (*dynamic_lstm)(const Recurrent&, const uint8_t*, const float*, const int32_t*, const float*, float*, float*);
   int64_t (*weight_only_lstm)(const Recurrent&, const float*, const float*, const float*, const float*, float*, float*);
   int64_t (*attention)(const Attention&, const uint8_t*, const uint8_t*, const uint8_t*, uint8_t*);
-  int64_t (*probabilities)(const Attention&, const Quantized&, const Quantized&, const float*, float*);
+  int64_t (*dynamic_attention)(const Attention&, const Quantized&, const Quantized&, const Quantized&, bool, bool, float*);
+  int64_t (*probabilities)(const Attention&, const Quantized&, const Quantized&, float*);
   int64_t (*weighted_values)(const Attention&, const Quantized&, const Quantized&, float*);
   void (*layer_norm)(const uint8_t*, int64_t, int64_t, int32_t, double, double, const float*, const float*, Codes,
                      uint8_t*);

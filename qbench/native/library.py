@@ -55,6 +55,7 @@ class Finish(Structure):
         ("low", c_float),
         ("high", c_float),
         ("to_float", c_int32),
+        ("table", c_void_p),
     ]
 
 
@@ -142,7 +143,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qb_dynamic_lstm": (c_int64, [POINTER(Recurrent), *[c_void_p] * 6]),
     "qb_weight_only_lstm": (c_int64, [POINTER(Recurrent), *[c_void_p] * 6]),
     "qb_attention": (c_int64, [POINTER(Attention), *[c_void_p] * 4]),
-    "qb_probabilities": (c_int64, [POINTER(Attention), POINTER(Quantized), POINTER(Quantized), c_void_p, c_void_p]),
+    "qb_dynamic_attention": (c_int64, [POINTER(Attention), *[POINTER(Quantized)] * 3, c_int32, c_int32, c_void_p]),
+    "qb_probabilities": (c_int64, [POINTER(Attention), POINTER(Quantized), POINTER(Quantized), c_void_p]),
     "qb_weighted_values": (c_int64, [POINTER(Attention), POINTER(Quantized), POINTER(Quantized), c_void_p]),
     "qb_layer_norm": (
         None,

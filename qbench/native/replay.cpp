@@ -53,7 +53,7 @@ constexpr Named CALLERS[] = {
     QB_CALLER(qb_mul),           QB_CALLER(qb_table),         QB_CALLER(qb_average),
     QB_CALLER(qb_channel_affine), QB_CALLER(qb_rows),         QB_CALLER(qb_copy),
     QB_CALLER(qb_fill),          QB_CALLER(qb_max_pool),     QB_CALLER(qb_weight_only_transposed),
-    QB_CALLER(qb_weight_only_depthwise),
+    QB_CALLER(qb_weight_only_depthwise), QB_CALLER(qb_dynamic_attention),
 };
 
 // Elements of one size from strides to strides, dimensions that lie in one piece joined.
