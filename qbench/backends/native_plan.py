@@ -9,6 +9,7 @@ the list, and leaves its result in the arena too.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -73,6 +74,7 @@ class Plan:
                 buffer = writer.buffers[address.buffer]
                 buffer.first = index if buffer.first < 0 else buffer.first
                 buffer.last = index
+        _share(writer.calls, writer.buffers)
         self._arena = torch.empty(_place(writer.buffers) + ALIGNMENT, dtype=torch.uint8)
         self._slots: dict[int, list[tuple[ctypes.c_uint64, int]]] = {
             number: [] for number, buffer in enumerate(writer.buffers) if buffer.outside
@@ -203,11 +205,30 @@ def _addresses(call: Call | TorchCall) -> list[Address]:
     return found
 
 
+def _share(calls: list[Call | TorchCall], buffers: list[Buffer]) -> None:
+    """Lay results that torch computes element by element over an operand that nothing needs afterwards.
+
+    So they are written to memory that a cache holds.
+    """
+    for index, call in enumerate(calls):
+        if not isinstance(call, TorchCall) or torch.Tag.pointwise not in call.function.tags or not _takes_out(call):
+            continue
+        result, made = call.results[0], buffers[call.results[0].buffer]
+        for view in call.arguments:
+            if not isinstance(view, View) or dataclasses.replace(view, buffer=result.buffer) != result:
+                continue
+            under = buffers[view.buffer]
+            under = under.over or under
+            if not (made.outside or under.outside) and under.last == index and under.size == made.size:
+                made.over, under.last = under, made.last
+                break
+
+
 def _place(buffers: list[Buffer]) -> int:
     """Place buffers in an arena, the largest first, each at the lowest free place; returns its size in bytes."""
     placed: list[Buffer] = []
     for buffer in sorted(buffers, key=operator.attrgetter("size"), reverse=True):
-        if buffer.outside or buffer.first < 0:
+        if buffer.outside or buffer.first < 0 or buffer.over:
             continue
         place = 0
         for other in sorted(placed, key=operator.attrgetter("place")):
@@ -216,6 +237,8 @@ def _place(buffers: list[Buffer]) -> int:
                 place = other.place + _room(other)
         buffer.place = place
         placed.append(buffer)
+    for buffer in buffers:
+        buffer.place = buffer.over.place if buffer.over else buffer.place
     return max((buffer.place + _room(buffer) for buffer in placed), default=0)
 
 

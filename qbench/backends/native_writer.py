@@ -32,6 +32,7 @@ class Buffer:
     last: int = -1
     outside: bool = False  # an input or an output: not in the arena
     place: int = 0
+    over: Buffer | None = None  # which it lies over: written as that is read for the last time
 
     @property
     def size(self) -> int:

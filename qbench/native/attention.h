@@ -184,11 +184,9 @@ int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const 
         masked(a, head, first + r, h.stride, scores);
         const float part = 255.0f / weigh(scores, h.stride);
         Code* p = h.rows + r * h.values.depth;
-        for (int64_t j = 0; j < h.stride; j += TILE) {
+        for (int64_t j = 0; j < h.stride; j += TILE) {  // the rows have room for whole tiles
           const Bytes codes = to_bytes(rounded_lanes(lanes_at(scores + j) * part, 0.0f, 255.0f));
-          Code row[TILE];
-          copied(reinterpret_cast<const uint8_t*>(&codes), TILE, 0, row);
-          std::memcpy(p + j, row, std::min<int64_t>(TILE, h.values.depth - j) * sizeof(Code));
+          copied(reinterpret_cast<const uint8_t*>(&codes), TILE, 0, p + j);
         }
         if (h.values.depth > h.stride) std::memset(p + h.stride, 0, (h.values.depth - h.stride) * sizeof(Code));
       }

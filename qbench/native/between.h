@@ -39,14 +39,8 @@ bool quantize_row(const float* x, int64_t count, bool affine, uint8_t* y, float&
     low = lower_of(v, low), high = higher_of(v, high);
     odd_ones |= (as_ints(v) & 0x7F800000) + 0x00800000;  // below 0 where the exponent is the highest
   }
-  int32_t exponents = 0;
-  float lowest = 0.0f, highest = 0.0f;
-  for (int j = 0; j < TILE; ++j) {
-    lowest = std::min(lowest, low[j]), highest = std::max(highest, high[j]);
-    exponents |= odd_ones[j];
-  }
-  if (exponents < 0) return false;
-  range_to_scale(lowest, highest, affine, row_scale, zero_point);
+  if (any_below_0(odd_ones)) return false;
+  range_to_scale(-largest_of(-1.0f * low), largest_of(high), affine, row_scale, zero_point);
   const Codes codes(zero_point, affine ? 0 : 1, 255);
   encode(codes, 0, count, y, [=, scale = row_scale, inverse = 1.0f / row_scale](int64_t k, int64_t some) {
     return quotient(taken<Floats>(x + k, some), scale, inverse);

@@ -43,26 +43,43 @@ inline Floats centred_codes(const uint8_t* x, int64_t count, int32_t zero_point)
   return to_floats(to_ints(taken<Bytes>(x, count)) - zero_point);
 }
 
+// y[i] = table[x[i]] in `rows` rows of `count` bytes, from at(row) on; y may be x.
 #if defined(QB_AVX512)
-__attribute__((target("avx512f,avx512bw,avx512vbmi"))) void look_up_64(const uint8_t* x, int64_t count,
-                                                                          const uint8_t* table, uint8_t* y) {
+template <class At>
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) void replace_64(int64_t rows, int64_t count, const uint8_t* table,
+                                                                          const At& at) {
   const __m512i a = _mm512_loadu_si512(table), b = _mm512_loadu_si512(table + 64);
   const __m512i c = _mm512_loadu_si512(table + 128), d = _mm512_loadu_si512(table + 192);
-  for (int64_t i = 0; i < count; i += 64) {
-    const uint64_t there = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
-    const __m512i index = _mm512_maskz_loadu_epi8(there, x + i);
-    const __m512i low = _mm512_permutex2var_epi8(a, index, b), high = _mm512_permutex2var_epi8(c, index, d);
-    _mm512_mask_storeu_epi8(y + i, there, _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high));
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto [x, y] = at(r);
+    for (int64_t i = 0; i < count; i += 64) {
+      const uint64_t there = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
+      const __m512i index = _mm512_maskz_loadu_epi8(there, x + i);
+      const __m512i low = _mm512_permutex2var_epi8(a, index, b), high = _mm512_permutex2var_epi8(c, index, d);
+      _mm512_mask_storeu_epi8(y + i, there, _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high));
+    }
   }
 }
 #endif
 
-// y[i] = table[x[i]]; y may be x.
-inline void replace(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) {
+template <class At>
+inline void replace_rows(int64_t rows, int64_t count, const uint8_t* table, const At& at) {
 #if defined(QB_AVX512)
-  if (__builtin_cpu_supports("avx512vbmi")) return look_up_64(x, count, table, y);
+  if (__builtin_cpu_supports("avx512vbmi")) return replace_64(rows, count, table, at);
 #endif
-  for (int64_t i = 0; i < count; ++i) y[i] = table[x[i]];
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto [x, y] = at(r);
+    for (int64_t i = 0; i < count; ++i) y[i] = table[x[i]];
+  }
+}
+
+struct FromTo {
+  const uint8_t* x;
+  uint8_t* y;
+};
+
+inline void replace(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) {
+  replace_rows(1, count, table, [=](int64_t) { return FromTo{x, y}; });
 }
 
 // y[i] = R(value): value(i, count) gives those of i on, `count` of them at least.

@@ -205,8 +205,12 @@ struct Finisher {
         _mm512_mask_storeu_epi8(y, there, codes);
       else
         _mm512_storeu_si512(y, codes);
-      if (finish.table) replace(y, outputs, finish.table, y);
     }
+    if (finish.table)
+      replace_rows(count, outputs, finish.table, [this](int64_t r) {
+        uint8_t* y = static_cast<uint8_t*>(operands.y) + at(r);
+        return FromTo{y, y};
+      });
   }
 
   // As `whole` for float32 where the rows of x have their own scales and zero points.

@@ -47,4 +47,14 @@ inline float largest_of(Floats lanes) {
 #endif
 }
 
+inline bool any_below_0(Ints v) {
+#if defined(QB_AVX512)
+  return _mm512_movepi32_mask(__m512i(v)) != 0;
+#else
+  int32_t signs = 0;
+  for (int j = 0; j < TILE; ++j) signs |= v[j];
+  return signs < 0;
+#endif
+}
+
 }  // namespace
