@@ -10,13 +10,16 @@ flatter.
 import pytest
 import torch
 import torchvision
+from test_native import engines, running
 from torch import nn
 from torch.nn import functional
 
+from qbench.backends import native, reference
 from qbench.capture import capture
 from qbench.layers import Recorder
 from qbench.metrics import sqnr_db
 from qbench.model import QuantizedModel
+from qbench.native import sources
 from qbench.program import Macs, Program, lower_graph
 from qbench.quantization import quantize_network
 from qbench.recipe import Recipe
@@ -135,6 +138,19 @@ def test_static_results_do_not_depend_on_batch_or_threads(case):
     finally:
         torch.set_num_threads(1)
     assert torch.equal(torch.cat(parts), case.results["ptsq"])
+
+
+@pytest.mark.skipif(not sources.built(), reason="the native backend is not built here")
+def test_every_path_of_the_engine_answers_as_the_reference(case):
+    """ptsq: the same bytes; woq: float sums in another order."""
+    x = case.inputs[:2]
+    for method in ("ptsq", "woq"):
+        model = case.quantized[method]
+        want = QuantizedModel(model.program, model.recipe, reference())(x)
+        for path, engine in engines().items():
+            with running(engine):
+                got = QuantizedModel(model.program, model.recipe, native())(x)
+            assert torch.equal(got, want) if method == "ptsq" else sqnr_db(want, got) > 90, (method, path)
 
 
 def test_dynamic_layers_give_each_image_its_own_bytes(case):
