@@ -60,7 +60,7 @@ def layer_table(network: Network, recipe: Recipe, model: QuantizedModel, inputs:
     floats = Recorder(compared.module())
     floats.run(*inputs)
     macs = Macs()
-    lowered = Recorder(lower_graph(model.program, model.backend, macs))
+    lowered = Recorder(lower_graph(model.program, model.backend, macs, each=True))
     lowered.run(*inputs)
     kernels = {node.name: node.target for node in lowered.module.graph.nodes}
     layers = [node for node in model.program.graph.nodes if set(WEIGHTS) & set(node.kwargs) or _attends(node)]

@@ -131,11 +131,14 @@ def _value_kinds(program: Program) -> dict[fx.Node, str]:
     return kinds
 
 
-def lower_graph(program: Program, backend: Engine, macs: Macs) -> fx.GraphModule:
-    """The graph again, with a prepared kernel in the place of each int8 operation."""
+def lower_graph(program: Program, backend: Engine, macs: Macs, each: bool = False) -> fx.GraphModule:
+    """The graph again, with a prepared kernel in the place of each int8 operation.
+
+    `each`: every operation has a kernel of its own, also where the backend would run two of them in one.
+    """
     graph, held = fx.Graph(), {}
     values: dict[fx.Node, fx.Node] = {}
-    fused = _fused_tables(program) if backend.fuses_tables else {}
+    fused = _fused_tables(program) if backend.fuses_tables and not each else {}
     for node in program.graph.nodes:
         if node in fused.values():
             values[node] = values[node.args[0]]

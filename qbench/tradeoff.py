@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qbench import comparison as compare
 from qbench.columns import Block, blocks, difference_unit, score_unit
@@ -21,7 +21,7 @@ MOST_ACROSS = 3  # panels side by side
 
 
 def tradeoff_figure(records: Sequence[Record], path: Path) -> None:
-    """Size against score drop with its 95 % interval, the Pareto front joined by a line; fp32 is the line at 0.
+    """Size against score drop with its 95 % interval, the Pareto front outlined; fp32 is the line at 0.
 
     Methods have colours, weight granularities have markers. Raises ValueError when no record has both numbers.
     """
@@ -64,7 +64,7 @@ class _Look:
             Line2D([], [], marker=marker, color="black", linestyle="", label=f"per {name}" if name else "weights whole")
             for name, marker in self.markers.items()
         ]
-        return [*methods, *markers, Line2D([], [], color=GREY, label="Pareto front")]
+        return [*methods, *markers, Line2D([], [], color=GREY, label="front of size and drop alone")]
 
 
 def _panel(ax: Axes, block: Block, look: _Look) -> None:
@@ -85,19 +85,27 @@ def _panel(ax: Axes, block: Block, look: _Look) -> None:
     if max(drops) > 20 * typical:  # one collapse must not flatten all others
         ax.set_yscale("symlog", linthresh=2 * typical)
     ax.set_xlabel("file, MB")
+    ax.locator_params(axis="x", nbins=5)
     unit = difference_unit(block.done[0])
     ax.set_ylabel(f"score drop{', ' * bool(unit)}{unit}; up is worse")
     ax.set_title(block.task + _fp32(block))
 
 
 def _front(ax: Axes, block: Block, factor: float) -> None:
-    """The front's line, its cells numbered; their names in a box, where they cannot cover each other."""
+    """The front's cells, numbered, with their names beside the panel.
+
+    A line joins those that no smaller file outdoes; the others are there for their latency.
+    """
     from matplotlib.lines import Line2D
 
     front = sorted((r for r in block.pareto if _has_both(r)), key=lambda r: r.metrics["size_bytes"])
+    joined: list[Record] = []
+    for record in front:
+        if not joined or compare.drop(record) < compare.drop(joined[-1]):
+            joined.append(record)
     ax.plot(
-        [r.metrics["size_bytes"] / 1e6 for r in front],
-        [factor * compare.drop(r) for r in front],
+        [r.metrics["size_bytes"] / 1e6 for r in joined],
+        [factor * compare.drop(r) for r in joined],
         color=GREY,
         linewidth=2,
         zorder=0,
@@ -110,7 +118,8 @@ def _front(ax: Axes, block: Block, factor: float) -> None:
         )
         names.append(f"{number}  {block.name(record)}")
     blank = [Line2D([], [], linestyle="") for _ in names]
-    ax.legend(blank, names, loc="best", fontsize=9, handlelength=0, handletextpad=0, title="Pareto front")
+    options: dict[str, Any] = {"fontsize": 8, "handlelength": 0, "handletextpad": 0, "title": "Pareto front"}
+    ax.legend(blank, names, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, **options)
 
 
 def _fp32(block: Block) -> str:
