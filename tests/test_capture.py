@@ -321,3 +321,26 @@ def test_capture_changes_nothing():
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def overwritten(module, x):
+    """What is read again after an activation in place is the activation."""
+    x = 2 * x
+    return functional.relu6(x, inplace=True) + x
+
+
+def overwritten_through_a_view(module, x):
+    x = 2 * x
+    functional.relu_(x.flatten(1))
+    return x
+
+
+def overwritten_twice(module, x):
+    return functional.hardswish(functional.relu_(2 * x), inplace=True)
+
+
+@pytest.mark.parametrize("function", [overwritten, overwritten_through_a_view, overwritten_twice])
+def test_activations_in_place(function):
+    x = torch.randn(3, 4, 5)
+    graph = capture(Apply(function), (x,))
+    assert torch.equal(graph.module()(x)[0], function(None, x))

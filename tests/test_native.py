@@ -539,6 +539,30 @@ def test_threads_and_batches_do_not_matter(path: str) -> None:
         assert torch.equal(one, torch.cat([q(row[None]) for row in x]))
 
 
+class BetweenLayers(nn.Module):
+    """Element-wise calls of torch between int8 layers: the first reads its operand in two orders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        result: Tensor = self.last(nn.functional.gelu(y + y.transpose(1, 2)))
+        return result
+
+
+def test_a_plan_overwrites_what_nothing_needs_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, placed, place = normal(3, 12, 12), [], native_plan._place
+    monkeypatch.setattr(native_plan, "_place", lambda buffers: placed.append(buffers) or place(buffers))
+    q = quantize_network(capture(seeded(BetweenLayers), (x,)), Recipe(method="ptdq"), None, "native")
+    lowered = lower_graph(q.program, native(), q.macs)
+    got = native_plan.Plan(lowered, [x], q.macs).run([x], q.macs)
+    assert got is not None
+    assert torch.equal(got[0], lowered(x)[0])
+    assert sum(buffer.over is not None for buffer in placed[0]) == 1  # of gelu, over the sum; not the sum over y
+
+
 def test_two_threads_may_run_one_model() -> None:
     model, x = seeded(lambda: nn.LSTM(20, 40, 2)), normal(30, 16, 20)
     q = qbench.quantize(model, (x,), Recipe(method="ptsq"), calibration=[(x,)], backend="native")

@@ -214,12 +214,15 @@ def _share(calls: list[Call | TorchCall], buffers: list[Buffer]) -> None:
         if not isinstance(call, TorchCall) or torch.Tag.pointwise not in call.function.tags or not _takes_out(call):
             continue
         result, made = call.results[0], buffers[call.results[0].buffer]
-        for view in call.arguments:
-            if not isinstance(view, View) or dataclasses.replace(view, buffer=result.buffer) != result:
-                continue
-            under = buffers[view.buffer]
-            under = under.over or under
-            if not (made.outside or under.outside) and under.last == index and under.size == made.size:
+        views = [leaf for leaf in pytree.tree_leaves((call.arguments, call.options)) if isinstance(leaf, View)]
+        owners = [buffers[view.buffer].over or buffers[view.buffer] for view in views]
+        for under in owners:
+            alike = all(  # an element that is read elsewhere in the result's memory must not be overwritten before
+                dataclasses.replace(view, buffer=result.buffer) == result
+                for view, owner in zip(views, owners, strict=True)
+                if owner is under
+            )
+            if alike and not (made.outside or under.outside) and under.last == index and under.size == made.size:
                 made.over, under.last = under, made.last
                 break
 

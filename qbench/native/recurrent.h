@@ -3,7 +3,6 @@
 namespace {
 
 constexpr int64_t STEPS_AT_ONCE = 32;  // whose gates stay in the cache
-constexpr int64_t READ_BACK_AT_MOST = 1 << 18;  // values of a weight that all steps share as float32
 
 // One step of one sample: gates i, f, g, o [4 * hidden]; c is read and written.
 inline void cell(const float* __restrict gates, int64_t hidden, float* __restrict c, float* __restrict h) {
@@ -96,21 +95,18 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
   const int64_t n = r.samples, hidden = r.hidden, all = 4 * hidden, inputs = r.weight_ih.depth;
   const Window x_window = rows_of(inputs, r.weight_ih.block_depth);
   const Window h_window = rows_of(hidden, r.weight_hh.block_depth);
-  static thread_local Scratch given, stepped, shared;
+  static thread_local Scratch given, stepped;
   float* gates = given.of<float>(std::min(STEPS_AT_ONCE, r.steps) * n * all);
   float* step = stepped.of<float>(n * all);
-  const int64_t values = ReadBack::size(r.weight_hh);
-  const bool shares = n > FEW && n <= ONE_PANEL && values <= READ_BACK_AT_MOST;  // few rows read it back in registers
-  ReadBack read_back{shared.of<float>(shares ? values : 1)};
-  if (!gates || !step || !read_back.values) return 0;
+  if (!gates || !step) return 0;
   int64_t macs = 0;
   for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
     const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first);
     macs += weight_only(r.weight_ih, scales_ih, r.finish_ih, x_window,
                         {x + first * n * inputs, nullptr, nullptr, gates, count * n});
     for (int64_t t = first; t < first + count; ++t) {
-      macs += weight_only_kept(r.weight_hh, scales_hh, r.finish_hh, h_window,
-                               {h, nullptr, gates + (t - first) * n * all, step, n}, shares ? &read_back : nullptr);
+      macs += weight_only(r.weight_hh, scales_hh, r.finish_hh, h_window,
+                          {h, nullptr, gates + (t - first) * n * all, step, n});
       float* out = y + t * n * hidden;
       for_samples(n, hidden, [=](int64_t s) { cell(step + s * all, hidden, c + s * hidden, out + s * hidden); });
       h = out;

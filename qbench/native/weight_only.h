@@ -17,7 +17,7 @@ constexpr int LANES = 4, FLOAT_TILES = 1;
 constexpr int FLOAT_ROWS = 6, PER_TILE = TILE / LANES;
 constexpr int64_t FEW = 6;              // rows, up to which the weight is read back in registers
 constexpr int64_t READ_AT_ONCE = 256;   // products: 64 KiB of float32 at most
-constexpr int64_t FLOAT_PANEL = 192, ONE_PANEL = 48;  // rows of a panel at most; so many are always one panel
+constexpr int64_t FLOAT_PANEL = 192;    // rows, at most
 
 typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
@@ -285,17 +285,9 @@ constexpr MultiplyPacked MULTIPLY_PACKED[FLOAT_TILES][FLOAT_ROWS] = QB_TILES_OF(
 #undef QB_ROWS_OF
 #undef QB_TILES_OF
 
-// A whole weight of one group as float32, read back by the first of several products with it.
-struct ReadBack {
-  float* values;  // [bands][depth][FLOAT_TILES * TILE]
-  bool done = false;
-
-  static int64_t size(const Weight& w) { return rounded_up((w.outputs + TILE - 1) / TILE, FLOAT_TILES) * TILE * w.depth; }
-};
-
 // Rows [first, first + count) of the product, tiles [from, to) of each group.
 void float_panel(const Product& p, const Pieced& list, const float* scales, int64_t first, int64_t count, int64_t from,
-                 int64_t to, const ReadBack* kept) {
+                 int64_t to) {
   static thread_local Scratch placed, summed, read;
   const Inputs inputs(p, first, count);
   int64_t* places = placed.of<int64_t>(count);
@@ -310,7 +302,6 @@ void float_panel(const Product& p, const Pieced& list, const float* scales, int6
       const Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, group, tile, wide, false, places);
       bool fresh = !p.finish.start && !p.operands.add && !list.chunks.empty();
       if (!fresh) finisher.begin(count, t);
-      if (kept) w = kept->values + tile * TILE * p.weight.depth;
       for (const Chunk& chunk : list.chunks) {
         const int64_t constants = (chunk.block * p.weight.groups + group) * p.tiles * TILE + tile * TILE;
         const int32_t* zero_points = p.weight.zero_points ? p.weight.zero_points + constants : nullptr;
@@ -324,13 +315,12 @@ void float_panel(const Product& p, const Pieced& list, const float* scales, int6
           fresh = false;
           continue;
         }
-        if (!kept || !kept->done) READ_BACK[wide - 1](pieces, many, packed, tile_stride, zero_points, w);
+        READ_BACK[wide - 1](pieces, many, packed, tile_stride, zero_points, w);
         for (int64_t turn = 0; turn < turns; ++turn) {
           const int64_t row = turn * count / turns, rows = (turn + 1) * count / turns - row;
           MULTIPLY_FLOATS[wide - 1][rows - 1](inputs, row, shift, pieces, many, w, scales + constants,
                                               fresh, t + row * wide * TILE);
         }
-        if (kept) w += chunk.products * wide * TILE;
         fresh = false;
       }
       finisher.end(count, t);
@@ -340,15 +330,14 @@ void float_panel(const Product& p, const Pieced& list, const float* scales, int6
 // How many panels the rows of a product are divided into, and into how many parts its tiles, for `threads`.
 void divided(const Product& p, int threads, int64_t& panels, int64_t& parts) {
   const int64_t bands = (p.tiles + FLOAT_TILES - 1) / FLOAT_TILES;
-  const int64_t in_cache = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(p.window.channels, 1), ONE_PANEL, FLOAT_PANEL);
+  const int64_t in_cache = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(p.window.channels, 1), 48, FLOAT_PANEL);
   panels = (p.total + in_cache - 1) / in_cache;
   parts = panels < threads ? std::min<int64_t>(threads, bands) : 1;
   if (panels >= threads) panels = rounded_up(panels, threads);
 }
 
-// `kept`, for a weight of one group and rows of one panel: where the weight is read back to, and found again.
-int64_t weight_only_kept(const Weight& weight, const float* scales, const Finish& finish, const Window& window,
-                         const Operands& operands, ReadBack* kept) {
+int64_t weight_only(const Weight& weight, const float* scales, const Finish& finish, const Window& window,
+                    const Operands& operands) {
   const Rows none{nullptr, nullptr, INT64_MAX};
   const Product p(weight, finish, window, none, operands);
   static thread_local Pieced made;
@@ -366,15 +355,9 @@ int64_t weight_only_kept(const Weight& weight, const float* scales, const Finish
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = index * p.total / panels, last = (index + 1) * p.total / panels;
       float_panel(p, list, scales, first, last - first, part * bands / parts * FLOAT_TILES,
-                  std::min((part + 1) * bands / parts * FLOAT_TILES, p.tiles), kept);
+                  std::min((part + 1) * bands / parts * FLOAT_TILES, p.tiles));
     }
-  if (kept) kept->done = true;
   return macs;
-}
-
-int64_t weight_only(const Weight& weight, const float* scales, const Finish& finish, const Window& window,
-                    const Operands& operands) {
-  return weight_only_kept(weight, scales, finish, window, operands, nullptr);
 }
 
 int64_t weight_only_transposed(const Weight* weights, const float* scales, const Finish& finish, const Window* windows,
