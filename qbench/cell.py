@@ -1,11 +1,13 @@
-"""One cell, answered: `answer` is the product in six lines, each step in its own fresh process."""
+"""Cells, answered: each step of `answer` runs in its own fresh process; cells of one task are timed side by side."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,24 +27,84 @@ LACKING = "RecipeUnavailable"  # the one by which a peer says that it has no suc
 NO_FP32 = "NoBaseline"  # the kind of failure that follows from the fp32 cell's
 
 
-def answer(cell: Cell, results: Path, say: Say) -> Record:
-    """Quantize the network and score it, time it beside fp32, weigh its memory; write all of it as one record.
+@dataclass
+class Work:
+    """A cell whose answer is being made: what its own processes found, or how it failed."""
 
-    A crash, a time-out, an error in a child is a `failed` record; a task that cannot be had here a `skipped` one.
+    cell: Cell
+    folder: Path
+    started: datetime
+    seconds: float = 0.0
+    baselines: Mapping[str, Any] | None = None
+    scored: dict[str, Any] = field(default_factory=dict)
+    weighed: dict[str, Any] = field(default_factory=dict)
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    error: WorkerError | None = None
+
+
+def answer(cells: Sequence[Cell], results: Path, say: Say) -> list[Record]:
+    """Quantize each network and score it, weigh its memory; time all beside each other and fp32; write the records.
+
+    The cells are of one task, backend and measurement, or a single one. A crash, a time-out, an error in a child is a
+    `failed` record; a task that cannot be had here a `skipped` one.
     """
-    folder = _empty_folder(run_folder(results, cell.key))
-    started, clock = datetime.now(UTC), time.monotonic()
-    try:
-        baselines = _baselines(cell, results)
-        scored = _score(cell, folder, say)
-        timings = [_time(cell, folder, index, results, say) for index in range(_timed(cell).processes)]
-        weighed = _weigh(cell, folder, say)
-        found = _combine(scored, latency.combine(timings, baselines), weighed)
-    except WorkerError as error:
-        found = _failure(error)
-    record = _record(cell, found, folder, started, time.monotonic() - clock)
-    record.write(folder / "record.json")  # last: a folder with a record is whole
+    works = [begin(cell, results, say) for cell in cells]
+    alive = [work for work in works if work.error is None]
+    for index in range(timed(cells[0]).processes):
+        time_once(alive, index, results, say)
+    return [finish(work) for work in works]
+
+
+def begin(cell: Cell, results: Path, say: Say) -> Work:
+    """The first half of an answer, in an empty folder: the network quantized, scored and weighed."""
+    work = Work(cell, _empty_folder(run_folder(results, cell.key)), datetime.now(UTC))
+    with _stage(work):
+        work.baselines = _baselines(cell, results)
+        work.scored = _score(work, say)
+        work.weighed = weigh(work, say)
+    return work
+
+
+def time_once(works: Sequence[Work], index: int, results: Path, say: Say) -> None:
+    """Time cells whose first half is done in one more fresh process, alone on the machine.
+
+    A crash there is that of the cells which crash alone; those that failed earlier are left out.
+    """
+    works = [work for work in works if work.error is None]
+    if not works:
+        return
+    with _stage(*works):
+        for work, found in zip(works, _time(works, index, results, say), strict=True):
+            work.timings.append(found)
+    if len(works) > 1 and works[0].error is not None:
+        for work in works:
+            work.error = None
+            time_once([work], index, results, say)
+
+
+def finish(work: Work) -> Record:
+    """The record of an answer, written last: a folder with a record is whole."""
+    found = (
+        _failure(work.error)
+        if work.error
+        else _combine(work.scored, latency.combine(work.timings, work.baselines), work.weighed)
+    )
+    record = _record(work, found)
+    record.write(work.folder / "record.json")
     return record
+
+
+@contextmanager
+def _stage(*works: Work) -> Iterator[None]:
+    """A part of the cells' answers: its time is shared among them, its failure is theirs."""
+    clock = time.monotonic()
+    try:
+        yield
+    except WorkerError as error:
+        for work in works:
+            work.error = error
+    for work in works:
+        work.seconds += (time.monotonic() - clock) / len(works)
 
 
 def _baselines(cell: Cell, results: Path) -> Mapping[str, Any] | None:
@@ -63,48 +125,52 @@ def _baselines(cell: Cell, results: Path) -> Mapping[str, Any] | None:
     return found
 
 
-def _score(cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
+def _score(work: Work, say: Say) -> dict[str, Any]:
     """Quantize, save the backend's program in the folder, evaluate, write the other artifacts."""
-    backend = cell.recipe.backend
+    cell, backend = work.cell, work.cell.recipe.backend
     recipe = {name: cell.job.values[name] for name in (*AXES, *RECIPE_VALUES)}
-    arguments = {**_task(cell), "recipe_config": recipe, "measure_config": _measure(cell), "folder": str(folder)}
+    arguments = {**_task(cell), "recipe_config": recipe, "measure_config": _measure(cell), "folder": str(work.folder)}
     with timing_lock.machine(alone=backend.alone, say=say):
-        return _run(backend.evaluate, arguments, cell, folder, say)
+        return _run(backend.evaluate, arguments, work, say)
 
 
-def _time(cell: Cell, folder: Path, index: int, results: Path, say: Say) -> dict[str, Any]:
-    """One of the fresh processes whose ratios make the interval of the speed-up, alone on the machine."""
-    program = None if cell.is_baseline else str(_program(cell, folder))
-    settings = _timed(cell)
-    arguments = {**_task(cell), "program": program, "measure": dataclasses.asdict(settings), "process_index": index}
+def _time(works: Sequence[Work], index: int, results: Path, say: Say) -> list[dict[str, Any]]:
+    """One of the fresh processes whose ratios make the intervals of the speed-ups: its answer for each cell."""
+    cell = works[0].cell
+    programs = {} if cell.is_baseline else {str(n): str(_program(work)) for n, work in enumerate(works)}
+    settings = timed(cell)
+    limit = cell.measure.timeout_s * len(works)
+    arguments = {**_task(cell), "programs": programs, "measure": dataclasses.asdict(settings), "process_index": index}
     arguments |= {"cache": str(results / "cache"), "backend": cell.recipe.backend.name}
     say(f"timing, process {index + 1} of {settings.processes}")
     with timing_lock.machine(alone=True, say=say):
-        return _run("qbench.measure:time_cell", arguments, cell, folder, say)
+        found = workers.run("qbench.measure:time_cells", arguments, log=works[0].folder / LOG, say=say, timeout_s=limit)
+    return [latency.part(found, name) for name in programs] or [found]
 
 
-def _timed(cell: Cell) -> Measure:
+def timed(cell: Cell) -> Measure:
     """The settings of timing: a glance where the latency is no result."""
     return cell.measure if cell.recipe.latency_is_result else cell.measure.glance()
 
 
-def _weigh(cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
+def weigh(work: Work, say: Say) -> dict[str, Any]:
     """The memory of loading the saved file and running it."""
-    arguments = {**_task(cell), "program": str(_program(cell, folder)), "measure": _measure(cell)}
+    cell = work.cell
+    arguments = {**_task(cell), "program": str(_program(work)), "measure": _measure(cell)}
     arguments |= {"backend": cell.recipe.backend.name}
     say("memory")
     with timing_lock.machine(alone=False, say=say):
-        return _run("qbench.measure:memory_cell", arguments, cell, folder, say)
+        return _run("qbench.measure:memory_cell", arguments, work, say)
 
 
-def _program(cell: Cell, folder: Path) -> Path:
+def _program(work: Work) -> Path:
     """Where the backend has saved the cell's model."""
-    program: Path = folder / cell.recipe.backend.program
+    program: Path = work.folder / work.cell.recipe.backend.program
     return program
 
 
-def _run(function: str, arguments: dict[str, Any], cell: Cell, folder: Path, say: Say) -> dict[str, Any]:
-    return workers.run(function, arguments, log=folder / LOG, say=say, timeout_s=cell.measure.timeout_s)
+def _run(function: str, arguments: dict[str, Any], work: Work, say: Say) -> dict[str, Any]:
+    return workers.run(function, arguments, log=work.folder / LOG, say=say, timeout_s=work.cell.measure.timeout_s)
 
 
 def _task(cell: Cell) -> dict[str, Any]:
@@ -134,7 +200,8 @@ def _failure(error: WorkerError) -> dict[str, Any]:
     return {"status": "skipped" if skipped else "failed", "error": str(error), "details": details}
 
 
-def _record(cell: Cell, found: Mapping[str, Any], folder: Path, started: datetime, seconds: float) -> Record:
+def _record(work: Work, found: Mapping[str, Any]) -> Record:
+    cell, folder = work.cell, work.folder
     assert cell.prepared is not None
     backend = cell.recipe.backend
     details = {
@@ -165,8 +232,8 @@ def _record(cell: Cell, found: Mapping[str, Any], folder: Path, started: datetim
         label=cell.recipe.label,
         metrics=found.get("metrics", {}),
         environment=environment,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(seconds, 2),
+        started=work.started.isoformat(timespec="seconds"),
+        seconds=round(work.seconds, 2),
         notes=found.get("notes", []),
         details=details,
     )

@@ -36,8 +36,17 @@ class Baseline:
 EAGER_ALONE = Baseline(EAGER, EXACTLY_ONE, alone=True)
 
 
+def part(process: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Of a process that timed several cells side by side (`measure.time_cells`), what it says of one of them."""
+
+    def of(times: Mapping[str, Any]) -> dict[str, Any]:
+        return {field: {EAGER: found[EAGER], CELL: found[name]} for field, found in times.items()}
+
+    return {**process, "batches": {batch: of(times) for batch, times in process["batches"].items()}}
+
+
 def combine(processes: Sequence[Mapping[str, Any]], baselines: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The answers of `measure.time_cell` from each process as the parts of a record.
+    """What each process says of one cell as the parts of a record.
 
     `baselines` is `details["fp32_baselines"]` of the task's fp32 cell with the same settings, None when there is none
     (or for the fp32 cell itself, which measures its own). Returns JSON: `metrics` (finite, suffix _b16 at batch 16),

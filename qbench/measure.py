@@ -1,6 +1,6 @@
 """Measuring one cell: the settings, and what runs in its timing and memory children.
 
-A child measures (`time_cell`, `memory_cell`: JSON in, JSON out, torch inside); the parent puts the children's answers
+A child measures (`time_cells`, `memory_cell`: JSON in, JSON out, torch inside); the parent puts the children's answers
 together (`qbench.latency.combine`, no torch). Importing this module imports no torch.
 """
 
@@ -111,8 +111,8 @@ def _check(name: str, value: Any) -> None:
         raise ValueError(f"measure.{name}={value!r}: allowed is {word} of at least {SMALLEST[name]:g}{also}")
 
 
-def time_cell(
-    program: str | None,
+def time_cells(
+    programs: dict[str, str],
     task_config: dict[str, Any],
     prepared: dict[str, Any],
     measure: dict[str, Any],
@@ -120,11 +120,12 @@ def time_cell(
     cache: str,
     backend: str | None = None,
 ) -> dict[str, Any]:
-    """Time one cell in this process, which must be fresh; one of `measure.processes` answers for `latency.combine`.
+    """Time cells of one task beside each other and fp32 in this process, which must be fresh.
 
-    `program` is the saved model of the cell, run by `backend` and timed against fp32 as torch runs it (eager). None
-    means the fp32 cell: eager against compiled, so that the others can be chained to the faster. `cache`
-    is the results' cache folder (the compiler's products are kept there, only the first process pays for them).
+    `programs` are the saved models by name, run by `backend`; fp32 is as torch runs it (eager). Without any it is the
+    fp32 cell: eager against compiled, so that the others can be chained to the faster. `cache` is the results' cache
+    folder (the compiler's products are kept there, only the first process pays for them). One of `measure.processes`
+    answers, of which `latency.part` takes a cell's own share.
     """
     import torch
 
@@ -139,9 +140,8 @@ def time_cell(
             torch.set_num_threads(threads := settings.threads_of(batch))
             inputs = evaluate.example_batch(task_config, prepared, batch)
             entrants: dict[str, Callable[..., Any]] = {latency.EAGER: eager}
-            if program is not None:
-                entrants[latency.CELL] = runs.load(Path(program), batch, threads)
-            elif settings.compile:
+            entrants |= {name: runs.load(Path(path), batch, threads) for name, path in programs.items()}
+            if not programs and settings.compile:
                 entrants |= _compiled(eager, inputs, cache, answer)
             calls = {name: partial(function, *inputs) for name, function in entrants.items()}
             times = time_blocks(calls, settings.timing, seed=process_index * 10_000 + batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from qbench.progress import Pace, Progress, duration
 from qbench.record import Record
 
 OK, FAILED, MISUSE, INTERRUPTED = 0, 1, 2, 130
+SIDE_BY_SIDE = 6  # cells in one timing process: what a kill can lose
 
 
 @dataclass(frozen=True)
@@ -106,34 +108,57 @@ def announce(cells: Sequence[Cell], todo: Sequence[Cell]) -> None:
 
 def run_cells(todo: Sequence[Cell], composer: Composer, options: Options) -> None:
     """Run cells through Hydra's launcher, all fp32 cells before those that are compared with them."""
-    run = RunCell({cell.job.overrides: number for number, cell in enumerate(todo)}, todo, options, os.getpid())
-    baselines = sum(cell.is_baseline for cell in todo)
-    for first, part in (0, todo[:baselines]), (baselines, todo[baselines:]):
+    groups = together(todo)
+    run = RunCells({group[0].job.overrides: group for group in groups}, todo, options, os.getpid())
+    baselines = sum(group[0].is_baseline for group in groups)
+    for first, part in (0, groups[:baselines]), (baselines, groups[baselines:]):
         if part:
-            composer.launch([cell.job.overrides for cell in part], run, first)
+            composer.launch([group[0].job.overrides for group in part], run, first)
+
+
+def together(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Groups of cells that are timed side by side: of one task, one engine and one measurement, SIDE_BY_SIDE at most.
+
+    They share the processes and fp32. A peer's runtime, and an fp32 cell with its compiler, have their own processes.
+    """
+
+    def kind(cell: Cell) -> tuple[str, ...]:
+        alone = cell.is_baseline or cell.recipe.backend.alone
+        return (cell.question,) if alone else (cell.task_id, repr(cell.measure), cell.recipe.backend.name)
+
+    groups: list[list[Cell]] = []
+    for _, alike in itertools.groupby(cells, kind):
+        group = list(alike)
+        groups += [group[first : first + SIDE_BY_SIDE] for first in range(0, len(group), SIDE_BY_SIDE)]
+    return groups
 
 
 @dataclass(frozen=True)
-class RunCell:
-    """What a launcher calls for each cell: answers it and says so; whatever fails becomes the cell's record."""
+class RunCells:
+    """What a launcher calls for a group of cells, by its first: answers them and says so; failures become records."""
 
-    numbers: Mapping[tuple[str, ...], int]
+    groups: Mapping[tuple[str, ...], Sequence[Cell]]
     cells: Sequence[Cell]
     options: Options
     parent: int
 
     def __call__(self, overrides: tuple[str, ...]) -> None:
-        number = self.numbers[overrides]
-        cell, place = self.cells[number], f"[{number + 1}/{len(self.cells)}]"
+        group = self.groups[overrides]
+        number = self.cells.index(group[0])
+        places = [f"[{number + i + 1}/{len(self.cells)}]" for i in range(len(group))]
         progress = Progress()
-        progress.begin(f"{place} {cell.name}", self._rest(self.cells[number:]))
-        record = answer(cell, self.options.results, progress.say)
-        progress.end(f"{place} {report.one_line(record)}")
-        if os.getpid() == self.parent:  # else a launcher has it run elsewhere, and the parent logs it at the end
-            try:
-                tracking.log(record, self.options.results, self.options.sweep)
-            except tracking.TrackingError as error:
-                print(f"qbench: not logged yet: {error}", file=sys.stderr)
+        names = group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
+        progress.begin(f"{places[0]} {names}", self._rest(self.cells[number:]))
+        for place, record in zip(places, answer(group, self.options.results, progress.say), strict=True):
+            progress.end(f"{place} {report.one_line(record)}")
+            if os.getpid() == self.parent:  # else a launcher has it run elsewhere, and the parent logs it at the end
+                self._log(record)
+
+    def _log(self, record: Record) -> None:
+        try:
+            tracking.log(record, self.options.results, self.options.sweep)
+        except tracking.TrackingError as error:
+            print(f"qbench: not logged yet: {error}", file=sys.stderr)
 
     def _rest(self, cells: Sequence[Cell]) -> str:
         expected = Pace(results.newest_records(self.options.results)).expect(cells)

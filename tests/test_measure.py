@@ -402,26 +402,27 @@ QUICK = {"batch": 2, "rounds": 2, "block_calls": 3, "block_ms": 0.1, "compile": 
 
 
 @pytest.mark.usefixtures("small_cell")
-@pytest.mark.parametrize(("program", "names"), [("m.qb", {"eager", "cell"}), (None, {"eager"})])
-def test_time_cell_answers_what_combine_reads(program: str | None, names: set[str]) -> None:
+@pytest.mark.parametrize("programs", [{"0": "m.qb", "1": "n.qb"}, {}])
+def test_time_cells_answers_what_combine_reads(programs: dict[str, str]) -> None:
     threads = torch.get_num_threads()
     try:
-        answers = [measure.time_cell(program, {}, {}, QUICK, index, "cache") for index in range(2)]
+        answers = [measure.time_cells(programs, {}, {}, QUICK, index, "cache") for index in range(2)]
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
-    found = latency.combine(json.loads(json.dumps(answers)))
-    assert {batch: set(part["median_ms"]) for batch, part in found["details"]["timing"].items()} == {
-        "1": names,
-        "2": names,
-    }
+    answers = json.loads(json.dumps(answers))
+    assert set(answers[0]["batches"]["2"]["medians_ms"]) == {"eager", *programs}
+    own = [latency.part(process, "1") for process in answers] if programs else answers
+    found = latency.combine(own)
+    names = {"eager", "cell"} if programs else {"eager"}
+    assert [set(part["median_ms"]) for part in found["details"]["timing"].values()] == [names, names]
     assert {"latency_ms_median", "latency_ms_median_b2", "speedup_vs_eager", "speedup_vs_eager_b2"} <= set(
         found["metrics"]
     )
 
 
 @pytest.mark.usefixtures("small_cell")
-def test_time_cell_says_why_it_could_not_compile_and_tries_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_cells_says_why_it_could_not_compile_and_tries_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tries: list[int] = []
 
     def refuse(model: object, inputs: tuple[torch.Tensor, ...], cache: str) -> str:
@@ -429,7 +430,7 @@ def test_time_cell_says_why_it_could_not_compile_and_tries_once(monkeypatch: pyt
         return "no C++ compiler"
 
     monkeypatch.setattr(compiled, "compile_fp32", refuse)
-    answer = measure.time_cell(None, {}, {}, {**QUICK, "compile": True}, 0, "cache")
+    answer = measure.time_cells({}, {}, {}, {**QUICK, "compile": True}, 0, "cache")
     assert (answer["compile_failure"], tries) == ("no C++ compiler", [1])
 
 

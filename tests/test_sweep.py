@@ -103,7 +103,7 @@ def test_progress_says_which_cell_and_how_many_are_left(swept):
     assert "x fp32, " in static  # the engine's time is a result
     assert "~" not in static
     assert [line for line in ended.stdout.splitlines() if line.startswith("[1/4] tiny fp32: accuracy")]
-    assert "[2/4] tiny[woq-per_channel-symmetric]; 3 left, about" in ended.stderr
+    assert "[2/4] tiny[woq-per_channel-symmetric] and 2 more; 3 left, about" in ended.stderr
     assert "preparing tiny" in ended.stderr
 
 
