@@ -84,14 +84,16 @@ def time_once(works: Sequence[Work], index: int, results: Path, say: Say) -> Non
 
 def finish(work: Work) -> Record:
     """The record of an answer, written last: a folder with a record is whole."""
-    found = (
-        _failure(work.error)
-        if work.error
-        else _combine(work.scored, latency.combine(work.timings, work.baselines), work.weighed)
-    )
-    record = _record(work, found)
+    record = record_of(work)
     record.write(work.folder / "record.json")
     return record
+
+
+def record_of(work: Work) -> Record:
+    """The record of what has been found so far: the first half of the answer, and one timing or more."""
+    if work.error is not None:
+        return _record(work, _failure(work.error))
+    return _record(work, _combine(work.scored, latency.combine(work.timings, work.baselines), work.weighed))
 
 
 @contextmanager

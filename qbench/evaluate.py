@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -160,8 +161,18 @@ def evaluate(
             *(["batch_dependent"] if _batch_dependent(recipe) else []),
             *(["bf16_emulated"] if is_emulated(saved.program) else []),
         ],
-        "details": {**found["details"], "float_ops": saved.float_ops},
+        "details": {**found["details"], "float_ops": saved.float_ops, **identity_of(saved, path)},
         "environment": recipe.backend.environment(),
+    }
+
+
+def identity_of(model: QuantizedModel, path: Path) -> dict[str, Any]:
+    """Hashes that say what of a model changed: its file, its program's text, each tensor (the first 12 digits)."""
+    tensors = {name: tensors_sha256([(name, tensor)])[:12] for name, tensor in model.program.tensors.items()}
+    return {
+        "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "program_sha256": hashlib.sha256(model.code.encode()).hexdigest(),
+        "tensors": tensors,
     }
 
 
@@ -236,8 +247,12 @@ def score(task: Task, examples: Examples, outputs: Tensor, folder: Path, say: Sa
     noise = metrics.sqnr_db(fp32, outputs)
     if noise is not None:
         found["sqnr_db"] = noise
-    test = {"p_value": comparison.p_value, "test": comparison.test, "units": comparison.units}
-    return {"metrics": found, "notes": list(comparison.notes), "details": {"score_test": test}}
+    details = {
+        "score_test": {"p_value": comparison.p_value, "test": comparison.test, "units": comparison.units},
+        "evidence": task.metric.evidence(*compared, examples.units),
+        "outputs_sha256": tensors_sha256([("outputs", outputs)]),
+    }
+    return {"metrics": found, "notes": list(comparison.notes), "details": details}
 
 
 def granularity_effective(model: QuantizedModel) -> str:

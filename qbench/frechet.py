@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from qbench import statistics
+from qbench import evidence, statistics
 from qbench.declarations import FRECHET_DISTANCE, Metric
 from qbench.metrics import Comparison, ScoreMetric, finite, unit_numbers
 
@@ -62,6 +62,16 @@ class frechet_distance(ScoreMetric):
             len(own.counts),
             "jackknife over units",
         )
+
+    def evidence(
+        self, outputs: Tensor, fp32_outputs: Tensor, targets: Tensor | None, units: Tensor | None = None
+    ) -> dict[str, Any] | None:
+        """The distance without each of the units."""
+        assert targets is not None
+        real = Moments.of(finite(targets), np.zeros(len(targets), dtype=np.int64)).gaussian()
+        own = Moments.of(finite(outputs), unit_numbers(len(outputs), units))
+        without = [distance(real, own.gaussian(unit)) for unit in range(len(own.counts))]
+        return evidence.leave_one_out(distance(real, own.gaussian()), without, own.counts.tolist())
 
     def beside(self, outputs: Tensor, fp32_outputs: Tensor) -> dict[str, float]:
         """PSNR of the images against those of fp32, where it has a value; images are no decisions that could agree."""

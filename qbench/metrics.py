@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from qbench import statistics
+from qbench import evidence, statistics
 from qbench.declarations import FRECHET_DISTANCE, MEASURED, Metric, share
 
 if TYPE_CHECKING:
@@ -72,6 +72,15 @@ class ScoreMetric(ABC):
     ) -> Comparison:
         """Score outputs of shape (examples, ..., classes) against those of fp32, over the units of the examples."""
 
+    def evidence(
+        self, outputs: Tensor, fp32_outputs: Tensor, targets: Tensor | None, units: Tensor | None = None
+    ) -> dict[str, Any] | None:
+        """What the score is made of, as small JSON that `qbench.evidence` compares with that of another run.
+
+        By default None: two runs are then compared by their scores alone.
+        """
+        return None
+
     def beside(self, outputs: Tensor, fp32_outputs: Tensor) -> dict[str, float]:
         """What is recorded beside the score, by name: how often the decisions are those of fp32."""
         return {"agreement": agreement(outputs, fp32_outputs)}
@@ -101,6 +110,13 @@ class accuracy(ScoreMetric):
         low, high = statistics.paired_interval(lost, gained, hits.units)
         return hits.comparison(low, high, statistics.mcnemar_p(lost, gained), "exact McNemar")
 
+    def evidence(
+        self, outputs: Tensor, fp32_outputs: Tensor, targets: Tensor | None, units: Tensor | None = None
+    ) -> dict[str, Any] | None:
+        """Which decisions hit, or how many in each unit."""
+        assert targets is not None
+        return evidence.hits(decisions(outputs) == targets.detach().cpu().numpy(), unit_numbers(len(outputs), units))
+
 
 @dataclass(frozen=True)
 class fidelity(ScoreMetric):
@@ -129,6 +145,12 @@ class fidelity(ScoreMetric):
             spread = statistics.cluster_bootstrap(hits.lost_by_unit, hits.count_by_unit)
             low, high, test = max(low, spread.low), max(low, spread.high), "cluster bootstrap"
         return hits.comparison(low, high, 0.0 if changed else 1.0, test)
+
+    def evidence(
+        self, outputs: Tensor, fp32_outputs: Tensor, targets: Tensor | None, units: Tensor | None = None
+    ) -> dict[str, Any] | None:
+        """Which decisions equal those of fp32, or how many in each unit."""
+        return evidence.hits(decisions(outputs) == decisions(fp32_outputs), unit_numbers(len(outputs), units))
 
 
 @dataclass(frozen=True)
@@ -163,6 +185,14 @@ class bits_per_char(ScoreMetric):
             units=int(groups.max()) + 1,
             test="cluster bootstrap",
         )
+
+    def evidence(
+        self, outputs: Tensor, fp32_outputs: Tensor, targets: Tensor | None, units: Tensor | None = None
+    ) -> dict[str, Any] | None:
+        """The bits in each unit."""
+        assert targets is not None
+        bits = _surprise(outputs, targets.detach().cpu().numpy()).reshape(len(outputs), -1)
+        return evidence.sums(bits, unit_numbers(len(outputs), units))
 
 
 SCORES = (accuracy.declaration, fidelity.declaration, bits_per_char.declaration, FRECHET_DISTANCE)

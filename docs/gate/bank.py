@@ -1,0 +1,129 @@
+"""Collect the sample bank of the gate's study: many fresh timing processes of the `ci` cells, as the gate runs them.
+
+    python docs/gate/bank.py quiet 200        # on a machine that does nothing else: about 40 minutes
+    python docs/gate/bank.py loaded 200       # beside a process that keeps one core busy, on and off
+
+appends to docs/gate/bank-quiet.jsonl: one line a process and task, each cell's block medians in milliseconds by round.
+Every LOOPS_EVERY-th process also times LOOPS of calls of one cell a task: contestants whose ratios are known by
+construction. A run that was ended goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from qbench import timing_lock, workers
+from qbench.cell import Work, answer, begin, time_once
+from qbench.compose import Composer
+from qbench.plan import identify, plan
+from qbench.preparation import prepare_tasks
+from qbench.progress import Progress
+
+HERE = Path(__file__).resolve().parent
+LOOPS = (20, 21, 22, 40)  # calls in a loop: the ratio of two loops is that of their numbers
+LOOPED = "ptsq-per_channel-symmetric"
+LOOPS_EVERY = 3
+BUSY = """
+import random, time
+while True:
+    end = time.monotonic() + random.uniform(0.2, 3.0)
+    while time.monotonic() < end:
+        pass
+    time.sleep(random.uniform(0.2, 3.0))
+"""
+
+
+def time_loops(
+    program: str, task_config: dict[str, Any], prepared: dict[str, Any], measure: dict[str, Any], process_index: int
+) -> dict[str, Any]:
+    """Time loops of calls of one model beside fp32 at batch 1, in this fresh process. Returns BlockTimes as JSON."""
+    import torch
+
+    from qbench import evaluate
+    from qbench.measure import Measure
+    from qbench.saved import load
+    from qbench.timing import time_blocks
+
+    settings = Measure.of(measure)
+    torch.set_num_threads(settings.threads)
+    eager, model = evaluate.fp32_model(task_config, prepared), load(program)
+    inputs = evaluate.example_batch(task_config, prepared, 1)
+
+    def loop(count: int) -> None:
+        for _ in range(count):
+            model(*inputs)
+
+    with torch.inference_mode():
+        contestants = {"eager": lambda: eager(*inputs)} | {str(n): lambda n=n: loop(n) for n in LOOPS}
+        return time_blocks(contestants, settings.timing, seed=process_index).as_json()
+
+
+def works_of(results: Path) -> dict[str, list[Work]]:
+    """The quantized cells of `ci` by task, ready to be timed."""
+    given = ["+sweep=ci", f"results={results}"]
+    cells = plan(Composer(Namespace(overrides=given, multirun=False, config_dir=None)))
+    cells = identify(cells, prepare_tasks(cells, results, Progress()))
+    by_task: dict[str, list[Work]] = {}
+    for cell in cells:
+        if cell.is_baseline:
+            answer([cell], results, lambda text: None)
+        else:
+            by_task.setdefault(cell.job.choices["task"], []).append(begin(cell, results, lambda text: None))
+    return by_task
+
+
+def collect(path: Path, count: int, works: dict[str, list[Work]], results: Path) -> None:
+    """Append processes until the file has `count` of each task."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    have = 1 + max((json.loads(line)["process"] for line in lines), default=-1)
+    progress = Progress()
+    for index in range(have, count):
+        progress.begin(f"process {index + 1} of {count}")
+        for task, cells in works.items():
+            time_once(cells, index, results, progress.say)
+            found = {work.cell.name: work.timings.pop()["batches"]["1"]["medians_ms"] for work in cells}
+            line: dict[str, Any] = {"process": index, "task": task, "cells": found}
+            if index % LOOPS_EVERY == 0:
+                line["loops"] = _loops(next(w for w in cells if w.cell.name.endswith(f"[{LOOPED}]")), index, progress)
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _loops(work: Work, index: int, progress: Progress) -> dict[str, list[float]]:
+    arguments = {
+        "program": str(work.folder / "model.qb"),
+        "task_config": work.cell.task,
+        "prepared": vars(work.cell.prepared),
+        "measure": work.cell.job.values["measure"],
+        "process_index": index,
+    }
+    with timing_lock.machine(alone=True, say=progress.say):
+        times = workers.run("bank:time_loops", arguments, log=work.folder / "loops.txt", say=progress.say)
+    medians: dict[str, list[float]] = times["medians_ms"]
+    return medians
+
+
+def main() -> None:
+    """Collect a bank: `quiet` or `loaded`, and how many processes."""
+    state, count = sys.argv[1], int(sys.argv[2])
+    random.seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        works = works_of(Path(folder))
+        load = subprocess.Popen([sys.executable, "-c", BUSY]) if state == "loaded" else None
+        try:
+            collect(HERE / f"bank-{state}.jsonl", count, works, Path(folder))
+        finally:
+            if load:
+                load.kill()
+            workers.stop()
+
+
+if __name__ == "__main__":
+    main()

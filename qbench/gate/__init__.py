@@ -1,0 +1,1 @@
+"""The regression gate: `pytest --qbench`, baselines, verdicts. Importing it imports nothing else."""

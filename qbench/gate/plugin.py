@@ -1,0 +1,234 @@
+"""The pytest plugin: `pytest --qbench` makes each cell of a sweep a test. Loading it imports no torch and no hydra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from qbench.gate.session import GateSession
+    from qbench.gate.verdict import Outcome
+
+MARK = "qbench"
+SWEEP = "qbench_asks_sweep"
+SESSION: pytest.StashKey[GateSession] = pytest.StashKey()
+
+
+class Regression(Exception):
+    """A cell that its limits or its baseline refuse; the text is all that is shown."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of the gate."""
+    group = parser.getgroup("qbench", "regression checks of int8 networks (qbench)")
+    group.addoption(
+        "--qbench", action="store_true", help="run the gate: each cell of the sweep, and tests marked qbench"
+    )
+    group.addoption(
+        "--qbench-sweep", metavar="SWEEP", help="a sweep's name, or overrides: 'task=lstm method=ptdq,ptsq'"
+    )
+    group.addoption("--qbench-config-dir", metavar="DIR", help="a folder with your own tasks and sweeps")
+    group.addoption("--qbench-results", metavar="DIR", help="where results go (default: results)")
+    group.addoption("--qbench-baseline", metavar="DIR", help="where baselines are (default: baseline in the results)")
+    group.addoption(
+        "--qbench-limit",
+        metavar="LIMIT",
+        action="append",
+        default=[],
+        help="speedup=5%%, score=0.5, speedup>=1.5, checksum=off; for some cells: 'ci_lstm*:speedup=5%%'",
+    )
+    group.addoption("--qbench-strict", action="store_true", help="fail too where a verdict is in doubt")
+    group.addoption(
+        "--qbench-update",
+        nargs="?",
+        const="new",
+        choices=("new", "all"),
+        help="accept what this run measures as baselines: those that are missing (new), or all",
+    )
+    group.addoption("--qbench-base", metavar="REV", help="compare with this git revision, measured beside it in turns")
+    group.addoption(
+        "--qbench-report",
+        choices=("json", "md"),
+        action="append",
+        default=[],
+        help="write gate.json, or gate.md (a comment for a pull request), into the results",
+    )
+    parser.addini("qbench_sweep", "the sweep that the gate runs", default="ci")
+    parser.addini("qbench_config_dir", "a folder with your own tasks and sweeps", default="")
+    parser.addini("qbench_results", "where results go", default="results")
+    parser.addini("qbench_baseline", "where baselines are", default="")
+    parser.addini("qbench_limits", "one limit a line, as --qbench-limit", type="linelist", default=[])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the mark; set the gate up where it is asked for, so that misuse ends before anything runs."""
+    config.addinivalue_line(
+        "markers",
+        f"{MARK}(metric='>=1.5', ...): part of the gate, run with --qbench; with absolute limits for its cells",
+    )
+    if config.getoption("qbench") or config.getoption("qbench_update"):
+        from qbench.config import UsageError
+        from qbench.gate.session import GateSession
+
+        config.option.qbench = True
+        try:
+            config.stash[SESSION] = GateSession.of(config)
+        except (UsageError, ValueError) as error:
+            raise pytest.UsageError(f"qbench: {error}") from error
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --qbench only the gate is left: tests that are marked or ask for its fixture, and the cells of the sweep."""
+    gate = config.stash.get(SESSION, None)
+    if gate is None:
+        skip = pytest.mark.skip(reason="measured with --qbench only")
+        for item in filter(_belongs, items):
+            item.add_marker(skip)
+        return
+    ordinary = [item for item in items if not _belongs(item)]
+    if ordinary:
+        config.hook.pytest_deselected(items=ordinary)
+    items[:] = [item for item in items if _belongs(item)]
+    if _asks_sweep(config):
+        cells = CellCollector.from_parent(session, name=MARK, nodeid=MARK, path=config.rootpath)
+        items += cells.collect()
+
+
+def _belongs(item: pytest.Item) -> bool:
+    return item.get_closest_marker(MARK) is not None or MARK in getattr(item, "fixturenames", ())
+
+
+def _asks_sweep(config: pytest.Config) -> bool:
+    """Is it the whole gate? A command line that names files or tests asks for those, not for the sweep."""
+    worker: dict[str, Any] = getattr(config, "workerinput", {})
+    own = config.args_source is not pytest.Config.ArgsSource.ARGS
+    return bool(worker.get(SWEEP, own))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist what it cannot see, and learn the name of the run."""
+    node.workerinput[SWEEP] = _asks_sweep(node.config)
+    gate = node.config.stash.get(SESSION, None)
+    if gate is not None:
+        gate.run = node.workerinput["testrunuid"]
+
+
+class CellCollector(pytest.Collector):
+    """The cells of the sweep, as items."""
+
+    def collect(self) -> list[pytest.Item]:
+        """One item a cell. Raises pytest.UsageError for a sweep that cannot be composed."""
+        from qbench.config import UsageError
+
+        try:
+            names = self.config.stash[SESSION].names()
+        except UsageError as error:
+            raise pytest.UsageError(f"qbench: {error}") from error
+        return [CellItem.from_parent(self, name=name) for name in names]
+
+
+class CellItem(pytest.Item):
+    """One cell of the sweep: passes where its baseline and limits hold."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.add_marker(MARK)
+
+    def setup(self) -> None:
+        """Measure all cells that are selected; once, at the first of them."""
+        chosen = [item.name for item in self.session.items if isinstance(item, CellItem)]
+        with _uncaptured(self.config):
+            self.config.stash[SESSION].measure(chosen)
+
+    def runtest(self) -> None:
+        """Raise Regression where the gate is red."""
+        gate = self.config.stash[SESSION]
+        outcome = gate.outcome(self.name)
+        self.user_properties.append(("qbench", outcome.word))
+        _judge(gate, outcome)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The sentence alone; of an error that is not the cell's, its last line and the log."""
+        from qbench.config import UsageError
+
+        if isinstance(excinfo.value, Regression | UsageError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[os.PathLike[str] | str, int | None, str]:
+        """Where it is said to stand: in the folder of baselines."""
+        return self.config.rootpath / MARK, None, self.name
+
+
+def _judge(gate: GateSession, outcome: Outcome) -> None:
+    if gate.settings.update is None and outcome.red(gate.strict):
+        raise Regression(gate.explain(outcome))
+
+
+class Check:
+    """The fixture: `qbench.check("task=lstm", "method=ptdq")` measures cells and judges them as the gate does."""
+
+    def __init__(self, config: pytest.Config, limits: Sequence[str]) -> None:
+        self._config, self._limits = config, limits
+
+    def check(self, *overrides: str) -> dict[str, dict[str, float]]:
+        """Measure the cells of a command line: `metrics` by name of the cell, fp32 aside.
+
+        The limits of the test's mark decide; a test without any compares with the baselines. Raises Regression.
+        """
+        __tracebackhide__ = True
+        gate = self._config.stash[SESSION]
+        with _uncaptured(self._config):
+            outcomes = gate.check(overrides, self._limits)
+        if refused := [o for o in outcomes if gate.settings.update is None and o.red(gate.strict)]:
+            raise Regression("\n\n".join(gate.explain(outcome) for outcome in refused))
+        return {outcome.name: outcome.metrics for outcome in outcomes}
+
+
+@pytest.fixture
+def qbench(request: pytest.FixtureRequest) -> Check:
+    """Measure a cell and judge it: `qbench.check("task=lstm", "method=ptdq")`; run with --qbench."""
+    marks = request.node.iter_markers(MARK)
+    limits = [f"{metric}{condition}" for mark in marks for metric, condition in mark.kwargs.items()]
+    return Check(request.config, limits)
+
+
+def _uncaptured(config: pytest.Config) -> Any:
+    """What is said meanwhile goes to the terminal."""
+    import contextlib
+
+    capture = config.pluginmanager.getplugin("capturemanager")
+    return contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A Regression in a test is its text, not a traceback."""
+    report = yield
+    if call.excinfo is not None and isinstance(call.excinfo.value, Regression):
+        report.longrepr = str(call.excinfo.value)  # type: ignore[attr-defined]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of all cells."""
+    gate = config.stash.get(SESSION, None)
+    if gate is None:
+        return
+    gate.collect_outcomes()
+    if gate.outcomes:
+        terminalreporter.section("qbench")
+        for line in gate.summary():
+            terminalreporter.write_line(line)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the fork server."""
+    gate = config.stash.get(SESSION, None)
+    if gate is not None:
+        gate.close()
