@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from qbench import tracking_view
 from qbench.comparison import latency_counts, option_label, recipe_text, shown_metrics
 from qbench.recipe import AXES
-from qbench.record import Record
+from qbench.record import Record, read_record
 from qbench.tracking_store import (
     TrackingError,
     check_store,
@@ -37,6 +38,8 @@ __all__ = [
     "deep_link",
     "log",
     "logged_keys",
+    "logged_records",
+    "logged_sweeps",
     "prepare_store",
     "save_view",
     "store_uri",
@@ -72,6 +75,25 @@ def log(record: Record, results: Path, sweep: str) -> bool:
         for old in earlier:
             client.delete_run(old.info.run_id)
     return True
+
+
+def logged_records(results: Path, sweep: str) -> list[Record]:
+    """The records of a sweep's runs, from their artifacts. Raises TrackingError, RecordError for a damaged one."""
+    with one_line_errors(results):
+        client = client_of(store_uri(results))
+    runs = _runs(results, f"tags.`qbench.sweep` = '{sweep}'")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for run in filter(_whole, runs):
+            with one_line_errors(results):
+                path = client.download_artifacts(run.info.run_id, "record.json", folder)
+            found.append(read_record(Path(path)))
+    return found
+
+
+def logged_sweeps(results: Path) -> list[str]:
+    """The names of the sweeps of which the store holds runs. Raises TrackingError."""
+    return sorted({run.data.tags.get("qbench.sweep", "") for run in _runs(results, "")})
 
 
 def _runs(results: Path, query: str) -> list[Run]:

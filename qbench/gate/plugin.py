@@ -75,7 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.option.qbench = True
         try:
-            config.stash[SESSION] = GateSession.of(config)
+            config.stash[SESSION] = GateSession(config)
         except (UsageError, ValueError) as error:
             raise pytest.UsageError(f"qbench: {error}") from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,16 @@ from pathlib import Path
 from qbench import cell as cells_module
 from qbench import results
 from qbench.cell import Work, begin, finish, time_once
+from qbench.compose import Composer, close
 from qbench.gate import speed, verdict
+from qbench.gate.base import BaseSide
 from qbench.gate.baseline import TELLING, Baseline, BaselineError, file_name, read
 from qbench.gate.limits import Limit, for_cell
 from qbench.gate.speed import SpeedChange
-from qbench.gate.verdict import Outcome, Verdict
-from qbench.plan import Cell
+from qbench.gate.verdict import Outcome
+from qbench.plan import Cell, identify, plan
+from qbench.preparation import prepare_tasks
+from qbench.progress import Progress
 from qbench.sweep import together
 from qbench.workers import WorkerError
 
@@ -47,60 +52,103 @@ class Settings:
     time_limit_s: float = 150.0
 
 
-def run(cells: Sequence[Cell], asked: Iterable[str], settings: Settings, say: Say) -> list[Outcome]:
-    """Measure the cells of these names and judge each against its baseline.
+class Side:
+    """The cells of a command line as one working tree answers them: begun, timed in rounds, summed up."""
 
-    `cells` are identified; an fp32 cell that is not asked for, but that others are compared with, is measured where no
-    record of it is finished.
-    """
-    names = set(asked)
-    works = []
-    for cell in cells:
-        if cell.name in names:
-            works.append(_begin(cell, settings, say))
-        elif cell.is_baseline and results.read_finished(settings.results, cell.key) is None:
-            _begin(cell, settings, say)
-    stored = {work.cell.name: _stored(work.cell, settings) for work in works}
-    timed = [work for work in works if work.error is None and not work.cell.is_baseline]
-    sampling = _Sampling(timed, stored, settings, say)
-    if timed:
-        sampling.first()
-        sampling.again()
+    def __init__(self, overrides: Sequence[str], config_dir: str | None, results: Path, sweep: str) -> None:
+        self.overrides, self.config_dir, self.results, self.sweep = overrides, config_dir, results, sweep
+        self.works: dict[str, Work] = {}
+        self.say: Say = lambda text: None
+
+    def plan(self) -> list[Cell]:
+        """The cells, fp32 first; nothing is loaded or run. Raises UsageError."""
+        given = [*self.overrides, f"results={self.results}", "dry_run=true"]
+        commas = any("," in word for word in self.overrides)
+        try:
+            return plan(Composer(Namespace(overrides=given, multirun=commas, config_dir=self.config_dir)))
+        finally:
+            close()
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Quantize, score and weigh the cells of these names, those that the revision has.
+
+        An fp32 cell that others are compared with is finished at once, after one timing; one that was not asked for
+        only where no record of it is.
+        """
+        cells = self.plan()
+        wanted = [cell for cell in cells if cell.name in names]
+        needed = {cell.baseline for cell in wanted}
+        with results.claim(self.results):
+            cells = [cell for cell in cells if cell in wanted or cell.question in needed]
+            for cell in identify(cells, prepare_tasks(cells, self.results, Progress())):
+                asked = cell.name in names
+                if cell.is_baseline and not asked and results.read_finished(self.results, cell.key) is not None:
+                    continue
+                work = begin(cell, self.results, lambda text, name=cell.name: self.say(f"{name}: {text}"))  # type: ignore[misc]
+                if cell.is_baseline:
+                    time_once([work], 0, self.results, self.say)
+                    finish(work)
+                if asked:
+                    self.works[cell.name] = work
+
+    def groups(self) -> list[list[str]]:
+        """The names of the cells that are timed together; those that failed, and fp32, are not timed."""
+        timed = {w.cell.question: n for n, w in self.works.items() if w.error is None and not w.cell.is_baseline}
+        cells = [work.cell for work in self.works.values() if work.cell.question in timed]
+        return [[timed[cell.question] for cell in group] for group in together(cells)]
+
+    def time(self, names: Sequence[str], index: int) -> None:
+        """Time cells of one group in one more fresh process; those whose latency is no result once only."""
+        works = [self.works[name] for name in names if name in self.works]
+        if index == 0 or all(work.cell.recipe.latency_is_result for work in works):
+            time_once(works, index, self.results, self.say)
+
+    def baselines(self, names: Iterable[str]) -> dict[str, Baseline | BaselineError | None]:
+        """The baselines that what was measured would make."""
+        return {name: self.baseline(name) for name in names if name in self.works}
+
+    def baseline(self, name: str) -> Baseline | BaselineError | None:
+        """Of one cell: None before its first timing, the error of one that failed."""
+        work = self.works[name]
+        if work.error is None and not work.timings:
+            return None
+        try:
+            return Baseline.of(cells_module.record_of(work), name, self.sweep)
+        except BaselineError as error:
+            return error
+
+
+def run(side: Side, names: Sequence[str], settings: Settings, base: BaseSide | None = None) -> list[Outcome]:
+    """Measure the cells of these names and judge each: against its baseline, or the base's measurements beside it."""
+    side.begin(names)
+    if base is not None:
+        base.begin(names)
+    stored = {name: None if base is not None else _stored(name, settings) for name in side.works}
+    sampling = _Sampling(side, stored, settings, base)
+    sampling.first()
+    sampling.again()
     changes, levels = sampling.judged()
-    for work in timed:
-        _weigh_again(work, stored[work.cell.name], settings, say)
-    return [_outcome(work, stored[work.cell.name], changes, levels, settings) for work in works]
+    for name in side.works:
+        _weigh_again(side, name, sampling.stored[name], settings)
+    wanted = settings.baselines and base is None
+    return [_outcome(side, name, sampling.stored[name], changes, levels, settings, wanted) for name in side.works]
 
 
-def _begin(cell: Cell, settings: Settings, say: Say) -> Work:
-    """Quantized and scored; an fp32 cell, which others are compared with, is finished at once, after one timing."""
-    work = begin(cell, settings.results, lambda text: say(f"{cell.name}: {text}"))
-    if cell.is_baseline:
-        time_once([work], 0, settings.results, say)
-        finish(work)
-    return work
-
-
-def _weigh_again(work: Work, stored: Baseline | BaselineError | None, settings: Settings, say: Say) -> None:
+def _weigh_again(side: Side, name: str, stored: Baseline | BaselineError | None, settings: Settings) -> None:
     """What seems to take more memory is weighed once more; the smaller counts."""
-    name, metrics = "peak_memory_bytes", work.weighed.get("metrics", {})
-    if work.error is not None or not isinstance(stored, Baseline) or name not in metrics:
+    metric, work, now = "peak_memory_bytes", side.works[name], side.baseline(name)
+    if not isinstance(stored, Baseline) or not isinstance(now, Baseline) or metric not in now.metrics:
         return
-    now = _as_baseline(work, settings)
-    found = verdict.exact(stored, now, for_cell(settings.limits, work.cell.name))
-    if any(v.metric == name and v.word == verdict.WORSE for v in found):
+    found = verdict.exact(stored, now, for_cell(settings.limits, name))
+    if any(v.metric == metric and v.word == verdict.WORSE for v in found):
         with contextlib.suppress(WorkerError):  # the first weighing stands
-            metrics[name] = min(metrics[name], cells_module.weigh(work, say)["metrics"][name])
+            again = cells_module.weigh(work, side.say)["metrics"][metric]
+            work.weighed["metrics"][metric] = min(now.metrics[metric], again)
 
 
-def _as_baseline(work: Work, settings: Settings) -> Baseline:
-    """The baseline that a cell's measurements would make."""
-    return Baseline.of(cells_module.record_of(work), work.cell.name, settings.sweep)
-
-
-def _stored(cell: Cell, settings: Settings) -> Baseline | BaselineError | None:
+def _stored(name: str, settings: Settings) -> Baseline | BaselineError | None:
     """The cell's baseline, None where there is none, the error of a damaged one."""
-    path = settings.baseline / file_name(cell.name)
+    path = settings.baseline / file_name(name)
     if not settings.baselines or not path.exists():
         return None
     try:
@@ -110,25 +158,27 @@ def _stored(cell: Cell, settings: Settings) -> Baseline | BaselineError | None:
 
 
 class _Sampling:
-    """The timing processes of a run, as many as the intervals need."""
+    """The timing processes of a run, as many as the intervals need; with a base its own in turns with them."""
 
     def __init__(
-        self, works: Sequence[Work], stored: Mapping[str, Baseline | BaselineError | None], settings: Settings, say: Say
+        self,
+        side: Side,
+        stored: dict[str, Baseline | BaselineError | None],
+        settings: Settings,
+        base: BaseSide | None,
     ) -> None:
-        self.settings, self.stored, self.say = settings, stored, say
-        by_cell = {work.cell.question: work for work in works}
-        self.groups = [[by_cell[cell.question] for cell in group] for group in together([w.cell for w in works])]
+        self.side, self.stored, self.settings, self.base = side, stored, settings, base
+        self.groups = side.groups()
         self.started = time.monotonic()
 
     def first(self) -> None:
-        """LEAST processes a cell, then more while an interval is wide and there is time."""
-        goal = speed.MOST if self.settings.update else speed.LEAST
+        """LEAST processes a cell, twice as many for a baseline; then more while an interval is wide and there is time."""
+        goal = 2 * speed.LEAST if self.settings.update else speed.LEAST
         for index in range(speed.MOST):
-            if index >= goal and (not self._wide() or self._late()):
+            if index >= goal and (self._late() or not self._wide()):
                 break
             for group in self.groups:
-                if index == 0 or group[0].cell.recipe.latency_is_result:
-                    self._time(group, index)
+                self._time(group, index)
 
     def again(self) -> None:
         """As many processes once more for groups in which a cell seems to have changed: all is judged on both."""
@@ -139,37 +189,36 @@ class _Sampling:
             if speed.verdict(change, levels[cell, metric], self._delta((cell, metric))) in MOVED
         }
         for group in self.groups:
-            if names := [work.cell.name for work in group if work.cell.name in moved]:
-                self.say(f"{names[0]} seems to have changed its speed: measuring once more")
-                done = len(group[0].timings)
+            if names := [name for name in group if name in moved]:
+                self.side.say(f"{names[0]} seems to have changed its speed: measuring once more")
+                done = len(self.side.works[names[0]].timings)
                 for index in range(done, 2 * done):
                     self._time(group, index)
 
     def judged(self) -> tuple[dict[tuple[str, str], SpeedChange], dict[tuple[str, str], float]]:
         """By cell and metric the change of speed, and the level at which it counts: corrected over all of the run."""
-        works = [work for group in self.groups for work in group if work.error is None]
-        changes = {(w.cell.name, metric): change for w in works for metric, change in self._changes(w).items()}
-        levels = speed.holm({f"{name}\n{metric}": change.p for (name, metric), change in changes.items()})
-        return changes, {key: levels["\n".join(key)] for key in changes}
+        changes: dict[tuple[str, str], SpeedChange] = {}
+        for name in (name for group in self.groups for name in group):
+            before, now = self.stored[name], self.side.baseline(name)
+            if isinstance(before, Baseline) and isinstance(now, Baseline):
+                own = verdict.speed_changes(before, now, for_cell(self.settings.limits, name))
+                changes |= {(name, metric): change for metric, change in own.items()}
+        return changes, speed.holm({key: change.p for key, change in changes.items()})
 
-    def _time(self, group: list[Work], index: int) -> None:
-        place = f"timing {group[0].cell.job.choices['task']}"
-        time_once(group, index, self.settings.results, lambda text: self.say(f"{place}: process {index + 1}"))
-
-    def _changes(self, work: Work) -> dict[str, SpeedChange]:
-        before = self.stored[work.cell.name]
-        if not isinstance(before, Baseline) or not work.timings or work.error is not None:
-            return {}
-        limits = for_cell(self.settings.limits, work.cell.name)
-        return verdict.speed_changes(before, _as_baseline(work, self.settings), limits)
+    def _time(self, group: list[str], index: int) -> None:
+        """One process of a group; the base's before or after it."""
+        self.side.say(f"timing {group[0].partition('[')[0]}, process {index + 1}")
+        first = index % 2 == 0
+        if self.base is not None and not first:
+            self.base.time(group, index)
+        self.side.time(group, index)
+        if self.base is not None and first:
+            self.base.time(group, index)
+        if self.base is not None:
+            self.stored |= self.base.baselines(group)
 
     def _wide(self) -> bool:
-        works = [work for group in self.groups for work in group]
-        return any(
-            speed.wide(change, self._delta((work.cell.name, metric)))
-            for work in works
-            for metric, change in self._changes(work).items()
-        )
+        return any(speed.wide(change, self._delta(key)) for key, change in self.judged()[0].items())
 
     def _delta(self, key: tuple[str, str]) -> float:
         return verdict.delta(key[1], for_cell(self.settings.limits, key[0]))
@@ -179,36 +228,23 @@ class _Sampling:
 
 
 def _outcome(
-    work: Work,
+    side: Side,
+    name: str,
     stored: Baseline | BaselineError | None,
     changes: Mapping[tuple[str, str], SpeedChange],
     levels: Mapping[tuple[str, str], float],
     settings: Settings,
+    wanted: bool,
 ) -> Outcome:
-    """The cell's record, the baseline that it would make, and the verdicts."""
-    name, limits = work.cell.name, for_cell(settings.limits, work.cell.name)
+    """The cell's record, the baseline that it would make beside it, and the verdicts."""
+    work, now = side.works[name], side.baseline(name)
+    assert now is not None
     record = cells_module.record_of(work) if work.cell.is_baseline else finish(work)
-
-    def outcome(*verdicts: Verdict) -> Outcome:
-        return Outcome(name, list(verdicts), work.cell.command, str(work.folder), dict(record.metrics))
-
-    try:
-        now = Baseline.of(record, name, settings.sweep)
-    except BaselineError as error:
-        return outcome(Verdict("cell", verdict.FAILED, str(error)))
-    now.after(stored if isinstance(stored, Baseline) else None).write(work.folder / CANDIDATE)
-    absolute = verdict.absolute(now, limits)
-    if isinstance(stored, BaselineError):
-        return outcome(*absolute, Verdict("baseline", verdict.STALE, str(stored)))
-    if isinstance(stored, Baseline):
-        own = {metric: change for (cell, metric), change in changes.items() if cell == name}
-        own_levels = {metric: levels[name, metric] for metric in own}
-        exact = verdict.exact(stored, now, limits)
-        speeds = verdict.of_speed(stored, now, own, own_levels, limits, "disturbed" in record.notes)
-        return outcome(*absolute, *exact, *speeds)
-    if settings.baselines:
-        absolute.append(Verdict("baseline", verdict.MISSING, "nothing to compare with"))
-    return outcome(*absolute)
+    if isinstance(now, Baseline):
+        now.after(stored if isinstance(stored, Baseline) else None).write(work.folder / CANDIDATE)
+    limits, disturbed = for_cell(settings.limits, name), "disturbed" in record.notes
+    said = verdict.judge(stored, now, limits, name, changes, levels, disturbed, wanted)
+    return Outcome(name, said, work.cell.command, str(work.folder), dict(record.metrics))
 
 
 def accept(outcomes: Iterable[Outcome], settings: Settings) -> list[str]:

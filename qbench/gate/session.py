@@ -9,20 +9,19 @@ import os
 import shlex
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qbench.config import UsageError
 from qbench.gate import report
+from qbench.gate.base import BaseSide
 from qbench.gate.limits import parse
-from qbench.gate.run import Settings, accept, orphans, run
+from qbench.gate.run import Settings, Side, accept, orphans, run
 from qbench.gate.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:
     import pytest
-
-    from qbench.plan import Cell
 
 OUTCOMES = "gate-{run}.json"
 
@@ -30,47 +29,36 @@ OUTCOMES = "gate-{run}.json"
 class GateSession:
     """One run of pytest with --qbench."""
 
-    def __init__(
-        self, settings: Settings, overrides: list[str], config_dir: str | None, strict: bool, run: str
-    ) -> None:
-        self.settings, self.strict, self.run = settings, strict, run
-        self.outcomes: dict[str, Outcome] = {}
-        self.accepted: list[str] = []
-        self.reports: list[str] = []
-        self._overrides, self._config_dir = overrides, config_dir
-        self._names: list[str] = []
-
-    @classmethod
-    def of(cls, config: pytest.Config) -> GateSession:
+    def __init__(self, config: pytest.Config) -> None:
         """From the options. Raises UsageError or ValueError, with one line, for an impossible one."""
 
         def chosen(name: str) -> str:
             return str(config.getoption(f"qbench_{name}") or config.getini(f"qbench_{name}"))
 
-        results = config.rootpath / chosen("results")
-        baseline = config.rootpath / chosen("baseline") if chosen("baseline") else results / "baseline"
+        self._root = config.rootpath
+        results = self._root / chosen("results")
+        baseline = self._root / chosen("baseline") if chosen("baseline") else results / "baseline"
         limits = [parse(line) for line in [*config.getini("qbench_limits"), *config.getoption("qbench_limit")]]
         words = shlex.split(chosen("sweep"))
-        overrides = [word if "=" in word else f"+sweep={word}" for word in words]
         sweep = next((word for word in words if "=" not in word), "cells")
-        folder = str(config.rootpath / chosen("config_dir")) if chosen("config_dir") else None
-        update = config.getoption("qbench_update")
+        self.settings = Settings(results, baseline, sweep, limits, config.getoption("qbench_update"))
+        self.strict: bool = config.getoption("qbench_strict")
+        self.outcomes: dict[str, Outcome] = {}
         worker: dict[str, Any] = getattr(config, "workerinput", {})
-        run_id = worker.get("testrunuid") or str(os.getpid())  # of a controller of pytest-xdist it is learnt later
-        found = cls(
-            Settings(results, baseline, sweep, limits, update),
-            overrides,
-            folder,
-            config.getoption("qbench_strict"),
-            run_id,
-        )
-        found.reports = config.getoption("qbench_report")
-        return found
+        self.run: str = worker.get("testrunuid", str(os.getpid()))  # a controller of pytest-xdist learns it later
+        self._overrides = [word if "=" in word else f"+sweep={word}" for word in words]
+        self._config_dir = chosen("config_dir") or None
+        self._base: str | None = config.getoption("qbench_base")
+        self._reports: list[str] = config.getoption("qbench_report")
+        self._accepted: list[str] = []
+        self._names: list[str] = []
+        if self._base and self.settings.update:
+            raise UsageError("--qbench-base compares with a revision, --qbench-update writes files: give one of them")
 
     def names(self) -> list[str]:
         """The cells of the sweep, fp32 first. Raises UsageError."""
         if not self._names:
-            self._names = [cell.name for cell in self._plan(self._overrides)]
+            self._names = [cell.name for cell in self._side(self._overrides).plan()]
         return self._names
 
     def measure(self, names: Sequence[str]) -> None:
@@ -88,7 +76,7 @@ class GateSession:
         """Measure the quantized cells of a command line; with limits of its own no baseline is asked for."""
         own = [parse(limit) for limit in limits]
         settings = dataclasses.replace(self.settings, limits=[*self.settings.limits, *own], baselines=not own)
-        cells = self._plan(overrides)
+        cells = self._side(overrides).plan()
         names = [cell.name for cell in cells if not cell.is_baseline] or [cell.name for cell in cells]
         outcomes = self._run(overrides, names, settings)
         self._keep(outcomes)
@@ -107,8 +95,8 @@ class GateSession:
         found = list(self.outcomes.values())
         left = orphans(self._names, self.settings) if self._names else []
         lines = [*report.table(found), *report.orphan_lines(left, self.settings.baseline)]
-        lines += [f"accepted  {line}" for line in self.accepted]
-        for kind in self.reports:
+        lines += [f"accepted  {line}" for line in self._accepted]
+        for kind in self._reports:
             path = self.settings.results / f"gate.{kind}"
             report.write(path, found, left)
             lines.append(f"report: {path}")
@@ -119,7 +107,7 @@ class GateSession:
         path = self._path()
         if path.exists():
             content = json.loads(path.read_text())
-            self.accepted = content["accepted"]
+            self._accepted = content["accepted"]
             self._names = content["names"]
             for raw in content["outcomes"]:
                 verdicts = [Verdict(**one) for one in raw.pop("verdicts")]
@@ -138,11 +126,11 @@ class GateSession:
         from qbench.record import write_atomic
 
         if self.settings.update:
-            self.accepted += accept(outcomes, self.settings)
+            self._accepted += accept(outcomes, self.settings)
         self.outcomes |= {outcome.name: outcome for outcome in outcomes}
         content = {
             "names": self._names,
-            "accepted": self.accepted,
+            "accepted": self._accepted,
             "outcomes": [dataclasses.asdict(outcome) for outcome in self.outcomes.values()],
         }
         write_atomic(self._path(), json.dumps(content))
@@ -150,34 +138,30 @@ class GateSession:
     def _path(self) -> Path:
         return self.settings.results / OUTCOMES.format(run=self.run)
 
-    def _plan(self, overrides: Sequence[str]) -> list[Cell]:
-        from qbench.compose import Composer, close
-        from qbench.plan import plan
-
-        given = [*overrides, f"results={self.settings.results}", "dry_run=true"]  # composed only: no torch is loaded
-        commas = any("," in word for word in overrides)
-        try:
-            return plan(Composer(Namespace(overrides=given, multirun=commas, config_dir=self._config_dir)))
-        finally:
-            close()
+    def _side(self, overrides: Sequence[str]) -> Side:
+        folder = None if self._config_dir is None else str(self._root / self._config_dir)
+        return Side(overrides, folder, self.settings.results, self.settings.sweep)
 
     def _run(self, overrides: Sequence[str], names: Sequence[str], settings: Settings) -> list[Outcome]:
-        from qbench import results
-        from qbench.plan import identify
-        from qbench.preparation import prepare_tasks
         from qbench.progress import Progress
 
-        cells = self._plan(overrides)
-        wanted = [cell for cell in cells if cell.name in names]
-        needed = {cell.baseline for cell in wanted}
-        cells = [cell for cell in cells if cell in wanted or cell.question in needed]
-        progress = Progress()
-        started = time.monotonic()
-        print(f"\nqbench: measuring {len(wanted)} cells", file=sys.stderr, flush=True)
-        with results.claim(settings.results):
-            cells = identify(cells, prepare_tasks(cells, settings.results, progress))
-            progress.begin("gate")
-            outcomes = run(cells, names, settings, progress.say)
-            progress.end()
+        side, progress, started = self._side(overrides), Progress(), time.monotonic()
+        side.say = progress.say
+        beside = f" beside {self._base}" if self._base else ""
+        print(f"\nqbench: measuring {len(names)} cells{beside}", file=sys.stderr, flush=True)
+        progress.begin("gate")
+        base = self._base_side(overrides)
+        try:
+            outcomes = run(side, names, settings, base)
+        finally:
+            if base is not None:
+                base.close()
+        progress.end()
         print(f"qbench: measured in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         return outcomes
+
+    def _base_side(self, overrides: Sequence[str]) -> BaseSide | None:
+        if not self._base:
+            return None
+        settings = self.settings
+        return BaseSide(self._base, self._root, overrides, self._config_dir, settings.results, settings.sweep)

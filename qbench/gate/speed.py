@@ -10,9 +10,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from qbench.statistics import CONFIDENCE, LEVEL
+
+Name = TypeVar("Name")
 
 DELTA = math.log(1.02)  # the smallest change that matters
 LEAST = 5  # processes a side
@@ -57,12 +59,12 @@ def change(before: Sequence[float], now: Sequence[float]) -> SpeedChange:
     return SpeedChange(statistics.mean(before) - statistics.mean(now), math.sqrt(total), df)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """For each test the level that it has to reach: Holm's step-down, so that one false alarm in all has chance LEVEL.
 
     Tests after the first that misses its level get that one's level, so that `p < level` is the decision.
     """
-    levels: dict[str, float] = {}
+    levels: dict[Name, float] = {}
     failed = None
     for passed, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
         level = LEVEL / (len(p_values) - passed)

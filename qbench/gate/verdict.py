@@ -13,7 +13,7 @@ from typing import Any
 
 from qbench import evidence
 from qbench.gate import speed
-from qbench.gate.baseline import Baseline
+from qbench.gate.baseline import Baseline, BaselineError
 from qbench.gate.limits import CHECKSUM, GATED, Limit, factor
 from qbench.gate.speed import SpeedChange
 from qbench.metrics import BATCH_SUFFIX, declared
@@ -73,6 +73,32 @@ class Outcome:
     def red(self, strict: bool = False) -> list[Verdict]:
         """The verdicts that fail the test."""
         return [verdict for verdict in self.verdicts if verdict.red(strict)]
+
+
+def judge(
+    before: Baseline | BaselineError | None,
+    now: Baseline | BaselineError,
+    limits: Mapping[str, Limit],
+    name: str,
+    changes: Mapping[tuple[str, str], SpeedChange],
+    levels: Mapping[tuple[str, str], float],
+    disturbed: bool,
+    wanted: bool = True,
+) -> list[Verdict]:
+    """Everything that is said of a cell. `before` is None where nothing is stored, which counts only if `wanted`.
+
+    `changes` and `levels` are those of all cells of the run, by name and metric.
+    """
+    if isinstance(now, BaselineError):
+        return [Verdict("cell", FAILED, str(now))]
+    found = absolute(now, limits)
+    if isinstance(before, BaselineError):
+        return [*found, Verdict("baseline", STALE, str(before))]
+    if before is None:
+        return [*found, *([Verdict("baseline", MISSING, "nothing to compare with")] if wanted else [])]
+    own = {metric: change for (cell, metric), change in changes.items() if cell == name}
+    own_levels = {metric: levels[name, metric] for metric in own}
+    return [*found, *exact(before, now, limits), *of_speed(before, now, own, own_levels, limits, disturbed)]
 
 
 def exact(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> list[Verdict]:

@@ -1,0 +1,129 @@
+"""Replay gate runs from the sample bank with the shipped rules: false alarms, what is found, what intervals cover.
+
+    python docs/gate/study.py
+
+reads docs/gate/bank-*.jsonl (made by bank.py) and writes docs/gate/study.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qbench.gate import speed
+from qbench.statistics import clopper_pearson
+
+HERE = Path(__file__).resolve().parent
+RUNS = 2000
+INTERVALS = 2000
+Values = dict[str, list[float]]  # by cell, the log speed-up of each process
+
+
+def cells(path: Path) -> Values:
+    """The value of each process and cell: the median over rounds of log(fp32 / cell)."""
+    found: Values = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        for name, ms in line["cells"].items():
+            found.setdefault(name, []).append(_value(ms["eager"], ms["cell"]))
+    whole = min(map(len, found.values()))
+    return {name: values[:whole] for name, values in found.items()}
+
+
+def loops(path: Path) -> dict[str, dict[str, list[float]]]:
+    """By task and number of calls, the values of the loops of known ratio."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        ms = line.get("loops", {})
+        for count in (name for name in ms if name != "eager"):
+            found.setdefault(line["task"], {}).setdefault(count, []).append(_value(ms["eager"], ms[count]))
+    return found
+
+
+def _value(fp32: Sequence[float], cell: Sequence[float]) -> float:
+    return statistics.median(math.log(a / b) for a, b in zip(fp32, cell, strict=True))
+
+
+def gate_run(values: Values, slower: Mapping[str, float], draw: random.Random) -> dict[str, str]:
+    """One run of the gate: a baseline, a run and, where it asks for one, a second measurement, from other processes.
+
+    Each is a stretch of processes that followed each other. `slower` has the log by which a cell is slowed down.
+    """
+    size = len(next(iter(values.values())))
+    accepted, most = 2 * speed.LEAST, speed.MOST
+    while True:
+        base, own = draw.randrange(size - accepted + 1), draw.randrange(size - 2 * most + 1)
+        if base + accepted <= own or own + 2 * most <= base:
+            break
+    before = {name: all_[base : base + accepted] for name, all_ in values.items()}
+    now = {name: [v - slower.get(name, 0.0) for v in all_[own : own + 2 * most]] for name, all_ in values.items()}
+
+    def changes(count: int) -> dict[str, speed.SpeedChange]:
+        return {name: speed.change(before[name], now[name][:count]) for name in values}
+
+    count = speed.LEAST
+    while count < most and any(speed.wide(change) for change in changes(count).values()):
+        count += 1
+    found = changes(count)
+    levels = speed.holm({name: change.p for name, change in found.items()})
+    moved = {name.partition("[")[0] for name in found if _moved(found[name], levels[name])}
+    twice = changes(2 * count)
+    final = {name: twice[name] if name.partition("[")[0] in moved else found[name] for name in found}
+    levels = speed.holm({name: change.p for name, change in final.items()})
+    return {name: speed.verdict(change, levels[name]) for name, change in final.items()}
+
+
+def _moved(change: speed.SpeedChange, level: float) -> bool:
+    return speed.verdict(change, level) in ("worse", "better")
+
+
+def share(count: int, total: int) -> str:
+    """`0.4 % (at most 0.8 %)`: with the upper end of the exact 95 % interval."""
+    return f"{100 * count / total:.1f} % ({100 * clopper_pearson(count, total)[0]:.1f} to {100 * clopper_pearson(count, total)[1]:.1f} %)"
+
+
+def lines_of(state: str) -> list[str]:
+    """The rows of one bank."""
+    path = HERE / f"bank-{state}.jsonl"
+    values, draw = cells(path), random.Random(0)
+    names = list(values)
+    false = words = 0
+    doubtful = 0
+    for _ in range(RUNS):
+        found = gate_run(values, {}, draw)
+        false += any(word in ("worse", "better") for word in found.values())
+        doubtful += sum(word == "inconclusive" for word in found.values())
+        words += len(found)
+    lines = [f"| {state}: runs with a false alarm | {share(false, RUNS)} |"]
+    lines += [f"| {state}: cells that stay inconclusive | {share(doubtful, words)} |"]
+    for percent in (5, 10):
+        hits = 0
+        for index in range(RUNS):
+            cell = names[index % len(names)]
+            hits += gate_run(values, {cell: math.log1p(percent / 100)}, draw)[cell] == "worse"
+        lines.append(f"| {state}: a slow-down of {percent} % found | {share(hits, RUNS)} |")
+    covered = total = 0
+    for by_count in loops(path).values():
+        for count, timed in by_count.items():
+            for _ in range(INTERVALS // 16):
+                picks = draw.sample(range(len(timed)), 15)
+                change = speed.change([by_count["20"][i] for i in picks[:10]], [timed[i] for i in picks[10:]])
+                covered += abs(change.estimate - math.log(int(count) / 20)) <= change.reach()
+                total += 1
+    return [*lines, f"| {state}: 95 % intervals that hold the known ratio | {share(covered, total)} |"]
+
+
+def main() -> None:
+    """Write study.md."""
+    for path in sorted(HERE.glob("bank-*.jsonl")):
+        state = path.stem.partition("-")[2]
+        spread = {name: 100 * statistics.stdev(values) for name, values in cells(path).items()}
+        print(state, {name: f"{value:.1f} %" for name, value in spread.items()})
+        print("\n".join(lines_of(state)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The other side of `--qbench-base=REV`: the revision in a worktree, measured by its own code in processes of its own.
+
+The gate talks to a `BaseSide`; this module run as a program (`python -m qbench.gate.base`, in the worktree) answers, a
+line of JSON for a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qbench.config import UsageError
+from qbench.gate.baseline import Baseline, BaselineError
+
+BUILD_S = 900.0
+
+
+class BaseSide:
+    """A revision of the repository that holds `root`, built and ready to be measured. `close` ends its process.
+
+    `overrides`, `config_dir` (relative to `root`) and `sweep` are those of the gate; its records go to
+    `results`/base/REVISION, trained weights are shared. Raises UsageError, with one line, for what git refuses.
+    """
+
+    def __init__(
+        self, revision: str, root: Path, overrides: Sequence[str], config_dir: str | None, results: Path, sweep: str
+    ) -> None:
+        top = Path(_git(root, "rev-parse", "--show-toplevel"))
+        self.revision = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+        place = results.resolve() / "base" / self.revision[:12]
+        tree = place / "tree"
+        if not tree.exists():
+            _git(root, "worktree", "prune")
+            _git(root, "worktree", "add", "--detach", "--force", str(tree), self.revision)
+        self._root, self._tree = root, tree
+        _build_engine(tree)
+        (results / "cache").mkdir(parents=True, exist_ok=True)
+        (place / "results").mkdir(exist_ok=True)
+        if not (place / "results" / "cache").exists():
+            (place / "results" / "cache").symlink_to(results.resolve() / "cache")
+        asked = {
+            "overrides": list(overrides),
+            "config_dir": config_dir,
+            "results": str(place / "results"),
+            "sweep": sweep,
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "qbench.gate.base", json.dumps(asked)],
+            cwd=tree / root.resolve().relative_to(top.resolve()),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Quantize, score and weigh the cells of these names there."""
+        self._ask(do="begin", names=list(names))
+
+    def time(self, names: Sequence[str], index: int) -> None:
+        """Time cells of one task in one more fresh process there."""
+        self._ask(do="time", names=list(names), index=index)
+
+    def baselines(self, names: Sequence[str]) -> dict[str, Baseline | BaselineError | None]:
+        """What has been found of them; None of a cell that the revision does not have."""
+        found = self._ask(do="baselines", names=list(names))
+        return {name: _side(found.get(name)) for name in names}
+
+    def close(self) -> None:
+        """End the process and remove the worktree."""
+        self._process.kill()
+        self._process.wait()
+        _git(self._root, "worktree", "remove", "--force", str(self._tree))
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._process.stdout.readline() or "null")
+        except (BrokenPipeError, ValueError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise UsageError(f"--qbench-base: revision {self.revision[:12]} cannot be measured: it has no such gate")
+        if "error" in answer:
+            raise UsageError(f"--qbench-base: revision {self.revision[:12]}: {answer['error']}")
+        found: dict[str, Any] = answer["found"]
+        return found
+
+
+def _side(content: Mapping[str, Any] | None) -> Baseline | BaselineError | None:
+    if content is None:
+        return None
+    return BaselineError(content["failed"]) if "failed" in content else Baseline(**content)
+
+
+def _as_json(side: Baseline | BaselineError | None) -> dict[str, Any] | None:
+    return None if side is None else {"failed": str(side)} if isinstance(side, BaselineError) else vars(side)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        ended = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UsageError(f"--qbench-base needs git: {error.strerror}") from error
+    if ended.returncode:
+        reason = ended.stderr.strip().splitlines() or ["no such revision"]
+        raise UsageError(f"--qbench-base: git {' '.join(arguments[:2])}: {reason[-1]}")
+    return ended.stdout.strip()
+
+
+def _build_engine(tree: Path) -> None:
+    """Where the repository is qbench itself, the revision's engine from the revision's sources."""
+    if not (tree / "qbench" / "native" / "build.py").exists():
+        return
+    command = [sys.executable, "-m", "qbench.native.build"]
+    ended = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=BUILD_S, check=False)
+    if ended.returncode:
+        raise UsageError(f"--qbench-base: the engine of the revision cannot be built: {ended.stderr.strip()[-300:]}")
+
+
+def _serve(asked: Mapping[str, Any]) -> None:
+    """Answer requests until the input ends. Whatever is printed meanwhile goes to stderr."""
+    from qbench import workers
+    from qbench.gate.run import Side
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    side = Side(asked["overrides"], asked["config_dir"], Path(asked["results"]), asked["sweep"])
+    try:
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                found: dict[str, Any] = {}
+                if request["do"] == "begin":
+                    side.begin(request["names"])
+                elif request["do"] == "time":
+                    side.time(request["names"], request["index"])
+                else:
+                    found = {name: _as_json(one) for name, one in side.baselines(request["names"]).items()}
+                answers.write(json.dumps({"found": found}) + "\n")
+            except (UsageError, ValueError, OSError, RuntimeError) as error:
+                answers.write(json.dumps({"error": " ".join(str(error).split())}) + "\n")
+    finally:
+        workers.stop()
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))

@@ -1,0 +1,253 @@
+"""`pytest --qbench` in a user's project, its whole life in one scenario; a network so small that cells take seconds."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import hydra  # noqa: F401 - pytester forgets what its runs import, and numpy cannot be imported twice
+import pytest
+import scipy.special  # noqa: F401
+from user_project import ROOT, TEMPORARY, make, needs_engine, qbench
+
+from qbench import compare, workers
+from qbench.gate import session, speed  # noqa: F401
+from qbench.gate.baseline import read
+
+pytestmark = needs_engine
+
+INI = """
+[pytest]
+addopts = -p no:cacheprovider
+qbench_sweep = gate
+qbench_config_dir = my
+qbench_limits =
+    speedup=400%
+"""
+SWEEP = """# @package _global_
+# Two cells.
+defaults:
+  - override /task: tiny
+  - override /measure: least
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params:
+      method: fp32,ptsq
+"""
+TESTS = """
+import pytest
+
+def test_ordinary():
+    raise AssertionError("not part of the gate")
+
+@pytest.mark.qbench(size_bytes="<=1000000", score_drop="<=50")
+def test_within(qbench):
+    (metrics,) = qbench.check("task=tiny", "measure=least", "method=ptsq").values()
+    assert metrics["int8_mac_fraction"] == 1.0
+
+@pytest.mark.qbench(size_bytes="<=10")
+def test_beyond(qbench):
+    qbench.check("task=tiny", "measure=least", "method=ptsq")
+"""
+STATIC = "tiny[ptsq-per_channel-symmetric]"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A user's project with a gate of two cells, and its folder the working directory."""
+    make(tmp_path)
+    (tmp_path / "pytest.ini").write_text(INI)
+    (tmp_path / "my" / "sweep" / "gate.yaml").write_text(SWEEP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", TEMPORARY)
+    monkeypatch.setattr(workers, "stop", lambda: None)  # the fork server is started once
+    monkeypatch.setattr(speed, "LEAST", 2)
+    monkeypatch.setattr(speed, "MOST", 3)
+    return tmp_path
+
+
+@pytest.fixture
+def gate(project, pytester):
+    """Runs `pytest --qbench` in the project, in this process."""
+
+    def run(*arguments: str):
+        os.chdir(project)
+        return pytester.runpytest_inprocess(
+            "--rootdir", str(project), "-c", str(project / "pytest.ini"), "--qbench", *arguments
+        )
+
+    return run
+
+
+def words(result) -> dict[str, str]:
+    """By cell, the word in the table."""
+    lines = result.outlines[[i for i, line in enumerate(result.outlines) if "= qbench =" in line][-1] + 1 :]
+    known = ("missing baseline", "vanished metric", "foreign machine", "beyond limit", "not significant")
+    found = {}
+    for line in itertools.takewhile(lambda line: not line.startswith("="), lines):
+        if "tiny[" in line and not line.startswith(("accepted", "orphan")):
+            word = next((word for word in known if line.startswith(word)), line.split()[0])
+            found[line.removeprefix(word).split()[0]] = word
+    return found
+
+
+def test_the_life_of_a_gate(project, gate):
+    """Missing, accepted, passed, worse, updated, vanished, orphaned, stale, foreign, corrupt."""
+    folder = project / "results" / "baseline"
+    missing = gate()
+    assert missing.ret == 1
+    assert words(missing) == {"tiny[fp32]": "missing baseline", STATIC: "missing baseline"}
+    assert not folder.exists()
+    missing.stdout.fnmatch_lines(
+        ["*accept:   pytest --qbench --qbench-update -k 'tiny and ptsq-per_channel-symmetric'"]
+    )
+    assert len(list(project.glob("results/runs/*/baseline.json"))) == 2
+
+    accepted = gate("--qbench-update")
+    assert accepted.ret == 0
+    accepted.stdout.fnmatch_lines([f"accepted  {STATIC.replace('[', '[[]')}: new; score *"])
+    path = folder / f"{STATIC}.json"
+    assert len(read(path).speeds["speedup"]) == 3
+    stored = path.read_text()
+
+    passed = gate("--qbench-report=json", "--qbench-report=md")
+    assert passed.ret == 0, passed.outlines
+    assert set(words(passed)) == {"tiny[fp32]", STATIC}
+    assert path.read_text() == stored
+    cells = {cell["name"]: cell for cell in json.loads((project / "results/gate.json").read_text())["cells"]}
+    by_metric = {v["metric"]: v["word"] for v in cells[STATIC]["verdicts"]}
+    assert by_metric["checksum"] == by_metric["size_bytes"] == by_metric["score"] == "ok"
+    assert "cells: no change that matters" in (project / "results/gate.md").read_text()
+
+    def tamper(change) -> None:
+        content = json.loads(stored)
+        change(content)
+        path.write_text(json.dumps(content))
+
+    def smaller(content) -> None:
+        content["metrics"]["size_bytes"] -= 1
+
+    tamper(smaller)
+    worse = gate("-k", "ptsq")
+    assert worse.ret == 1
+    assert words(worse) == {STATIC: "worse"}
+    worse.stdout.fnmatch_lines(
+        ["*size_bytes  worse: * (+1 bytes)", "*alone:    python -m qbench --config-dir * force=true"]
+    )
+    worse.stdout.no_fnmatch_line("*Traceback*")
+    updated = gate("-k", "ptsq", "--qbench-update=all")
+    assert updated.ret == 0
+    updated.stdout.fnmatch_lines(["accepted * size_bytes * -> * bytes*"])
+    assert [entry["metrics"]["size_bytes"] for entry in read(path).history] == [
+        json.loads(stored)["metrics"]["size_bytes"] - 1
+    ]
+
+    def vanish(content) -> None:
+        content["speeds"]["speedup_b9"] = content["speeds"]["speedup"]
+        content["milliseconds"]["speedup_b9"] = content["milliseconds"]["speedup"]
+
+    tamper(vanish)
+    (folder / "gone[ptsq].json").write_text(stored.replace(STATIC, "gone[ptsq]"))
+    vanished = gate("-k", "ptsq")
+    assert (vanished.ret, words(vanished)) == (1, {STATIC: "vanished metric"})
+    vanished.stdout.fnmatch_lines(["orphan baseline  *gone[[]ptsq[]].json: *"])
+    (folder / "gone[ptsq].json").unlink()
+
+    tamper(lambda content: content["inputs"].update(data="other"))
+    stale = gate("-k", "ptsq")
+    assert (stale.ret, words(stale)) == (1, {STATIC: "stale"})
+    stale.stdout.fnmatch_lines(["*inputs  stale: its data changed since the baseline was taken*"])
+
+    tamper(lambda content: content["machine"].update(cpu="another"))
+    foreign = gate("-k", "ptsq")
+    assert (foreign.ret, words(foreign)) == (0, {STATIC: "foreign machine"})
+    assert gate("-k", "ptsq", "--qbench-strict").ret == 1
+
+    path.write_text(stored[:100])
+    corrupt = gate("-k", "ptsq")
+    assert (corrupt.ret, words(corrupt)) == (1, {STATIC: "stale"})
+    corrupt.stdout.fnmatch_lines(["*restore it from git, or delete it*"])
+
+
+def test_marked_tests_are_judged_by_their_own_limits(project, gate):
+    (project / "test_mine.py").write_text(TESTS)
+    result = gate("test_mine.py")
+    result.assert_outcomes(passed=1, failed=1, deselected=1)
+    result.stdout.fnmatch_lines(["*size_bytes  beyond limit: * bytes, limit size_bytes<=10"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+    assert words(result) == {STATIC: "beyond limit"}
+
+
+def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`pytest` in the project, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{project}", "TMPDIR": TEMPORARY},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_workers_side_by_side_measure_once(project):
+    """pytest-xdist: one process measures all cells, each is reported by the worker that has it."""
+    ended = run(project, "--qbench", "-n", "2", "--qbench-update")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 passed" in ended.stdout
+    assert ended.stderr.count("measuring 2 cells") + ended.stdout.count("measuring 2 cells") == 1
+    assert sorted(path.name for path in (project / "results/baseline").iterdir()) == [
+        "tiny[fp32].json",
+        f"{STATIC}.json",
+    ]
+    assert not list(project.glob("results/gate-*.json"))
+
+
+def test_without_the_option_the_gate_is_skipped_and_nothing_heavy_is_loaded(project):
+    (project / "test_mine.py").write_text(
+        TESTS.replace("raise AssertionError", "print").replace(
+            'print("not part of the gate")',
+            'import sys\n    assert not {"torch", "hydra", "mlflow", "pandas", "numpy"} & set(sys.modules)',
+        )
+    )
+    ended = run(project, "-p", "no:xdist", "-p", "no:hypothesispytest", "-p", "no:hydra_pytest", "-q")
+    assert "1 passed, 2 skipped" in ended.stdout, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--qbench-limit=speed=2%",), "qbench: limit 'speed=2%': no metric 'speed'"),
+        (("--qbench-sweep=nothing",), "qbench: sweep=nothing: allowed are"),
+        (("--qbench-sweep=task=tiny methd=ptsq",), "qbench: unknown option 'methd'; did you mean method?"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_4(project, arguments, line):
+    ended = run(project, "--qbench", *arguments)
+    assert ended.returncode == 4, ended.stdout + ended.stderr
+    assert line in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def test_two_sets_of_records_are_compared(project, capsys):
+    assert qbench(project, "+sweep=gate").returncode == 0
+    shutil.copytree(project / "results", project / "other", ignore=shutil.ignore_patterns("mlflow.db", "artifacts"))
+    (path,) = [p for p in project.glob("other/runs/*/record.json") if json.loads(p.read_text())["method"] == "ptsq"]
+    assert compare.main(["results", "other"]) == 0
+    assert compare.main(["gate-least@results", "other"]) == 0
+    content = json.loads(path.read_text())
+    content["metrics"]["size_bytes"] += 1
+    path.write_text(json.dumps(content))
+    assert compare.main(["results", "other", "--report", "c.md"]) == 1
+    assert "**worse** | size_bytes" in Path("c.md").read_text()
+    assert compare.main(["results", "other", "--limit", "size_bytes=1%"]) == 0
+    assert compare.main(["results", "nowhere"]) == 2
+    assert compare.main(["all@results", "other"]) == 2
+    assert "no sweep 'all' in its MLflow store, which has gate-least" in capsys.readouterr().err
