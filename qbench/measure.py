@@ -29,7 +29,8 @@ class Measure:
 
     `batch` is the larger batch, timed beside batch 1; batch 1 on `threads` threads, the larger one on `threads_large`
     (None: as many). `processes` fresh processes time `rounds` rounds each; a block has at least `block_calls` calls and
-    `block_ms` milliseconds. `examples` cuts the evaluation (None: all of them), which runs in batches of `eval_batch`.
+    `block_ms` milliseconds, with `pause_ms` of sleep before it. `examples` cuts the evaluation (None: all of them),
+    which runs in batches of `eval_batch`.
     `compile` times the compiled fp32 network too, in the fp32 cell.
     """
 
@@ -40,6 +41,7 @@ class Measure:
     rounds: int = 3
     block_calls: int = 10
     block_ms: float = 50.0
+    pause_ms: float = 20.0
     examples: int | None = None
     eval_batch: int = 125
     compile: bool = True
@@ -76,7 +78,9 @@ class Measure:
     @property
     def timing(self) -> Timing:
         """The part that says how blocks are timed."""
-        return Timing(rounds=self.rounds, block_calls=self.block_calls, block_s=self.block_ms / 1e3)
+        return Timing(
+            rounds=self.rounds, block_calls=self.block_calls, block_s=self.block_ms / 1e3, pause_s=self.pause_ms / 1e3
+        )
 
 
 SMALLEST: dict[str, int] = {
@@ -87,12 +91,13 @@ SMALLEST: dict[str, int] = {
     "rounds": 1,
     "block_calls": 3,  # two are dropped
     "block_ms": 0,
+    "pause_ms": 0,
     "examples": 1,
     "eval_batch": 1,
     "timeout_s": 1,
 }
 SWITCHES = ("compile", "layers", "figures")
-REAL = ("block_ms", "timeout_s")
+REAL = ("block_ms", "pause_ms", "timeout_s")
 OPTIONAL = ("examples", "threads_large")
 
 

@@ -68,7 +68,6 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", TEMPORARY)
     monkeypatch.setattr(workers, "stop", lambda: None)  # the fork server is started once
     monkeypatch.setattr(speed, "LEAST", 2)
-    monkeypatch.setattr(speed, "MOST", 3)
     return tmp_path
 
 
@@ -113,7 +112,7 @@ def test_the_life_of_a_gate(project, gate):
     assert accepted.ret == 0
     accepted.stdout.fnmatch_lines([f"accepted  {STATIC.replace('[', '[[]')}: new; score *"])
     path = folder / f"{STATIC}.json"
-    assert len(read(path).speeds["speedup"]) == 3
+    assert len(read(path).speeds["speedup"]) == 4
     stored = path.read_text()
 
     passed = gate("--qbench-report=json", "--qbench-report=md")

@@ -29,7 +29,8 @@ from qbench.progress import Progress
 HERE = Path(__file__).resolve().parent
 LOOPS = (20, 21, 22, 40)  # calls in a loop: the ratio of two loops is that of their numbers
 LOOPED = "ptsq-per_channel-symmetric"
-LOOPS_EVERY = 3
+LOOPS_EVERY = 4
+LOOP_ROUNDS = 8
 BUSY = """
 import random, time
 while True:
@@ -101,7 +102,7 @@ def _loops(work: Work, index: int, progress: Progress) -> dict[str, list[float]]
         "program": str(work.folder / "model.qb"),
         "task_config": work.cell.task,
         "prepared": vars(work.cell.prepared),
-        "measure": work.cell.job.values["measure"],
+        "measure": {**work.cell.job.values["measure"], "rounds": LOOP_ROUNDS},
         "process_index": index,
     }
     with timing_lock.machine(alone=True, say=progress.say):

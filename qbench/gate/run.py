@@ -169,12 +169,16 @@ class _Sampling:
     ) -> None:
         self.side, self.stored, self.settings, self.base = side, stored, settings, base
         self.groups = side.groups()
+        self.least = max([speed.LEAST, *(cells_module.timed(work.cell).processes for work in side.works.values())])
         self.started = time.monotonic()
 
     def first(self) -> None:
-        """LEAST processes a cell, twice as many for a baseline; then more while an interval is wide and there is time."""
-        goal = 2 * speed.LEAST if self.settings.update else speed.LEAST
-        for index in range(speed.MOST):
+        """As many processes as the measurement asks for, LEAST at least; up to twice as many while an interval is wide.
+
+        Baselines, with which later runs are compared, rest on twice as many in any case.
+        """
+        goal = 2 * self.least if self.settings.update else self.least
+        for index in range(2 * self.least):
             if index >= goal and (self._late() or not self._wide()):
                 break
             for group in self.groups:

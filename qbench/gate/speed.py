@@ -17,8 +17,7 @@ from qbench.statistics import CONFIDENCE, LEVEL
 Name = TypeVar("Name")
 
 DELTA = math.log(1.02)  # the smallest change that matters
-LEAST = 5  # processes a side
-MOST = 15  # processes of a run, after which it stops although the interval is wide
+LEAST = 5  # processes a side; a measurement may ask for more
 
 
 @dataclass(frozen=True)
