@@ -15,17 +15,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 NAME = "qbench-timing.lock"
+QUEUE = "qbench-timing.queue"  # who is next: without it one qbench that lets go and takes again would keep the machine
 POLL_S = 0.2
 
 
 @contextlib.contextmanager
 def machine(*, alone: bool, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the machine, alone (for timing) or with others (for all else); waits as long as it takes."""
-    with _open() as handle:
-        while not _take(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
-            say("waiting for another qbench on this machine")
-            time.sleep(POLL_S)
+    with _open(NAME) as handle:
+        with _open(QUEUE) as turn:
+            _wait(turn, fcntl.LOCK_EX, say)
+            _wait(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, say)
         yield
+
+
+def _wait(handle: int, kind: int, say: Callable[[str], None]) -> None:
+    while not _take(handle, kind):
+        say("waiting for another qbench on this machine")
+        time.sleep(POLL_S)
 
 
 def _take(handle: int, kind: int) -> bool:
@@ -37,9 +44,9 @@ def _take(handle: int, kind: int) -> bool:
 
 
 @contextlib.contextmanager
-def _open() -> Iterator[int]:
-    """The lock file, made readable for every user; closing it frees the lock."""
-    path = Path(tempfile.gettempdir()) / NAME
+def _open(name: str) -> Iterator[int]:
+    """A lock file, made readable for every user; closing it frees the lock."""
+    path = Path(tempfile.gettempdir()) / name
     try:
         handle = os.open(
             path, os.O_RDONLY

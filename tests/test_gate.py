@@ -220,9 +220,40 @@ def test_without_the_option_the_gate_is_skipped_and_nothing_heavy_is_loaded(proj
     assert "1 passed, 2 skipped" in ended.stdout, ended.stdout + ended.stderr
 
 
+def git(folder: Path, *arguments: str) -> None:
+    settings = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", "-C", str(folder), *settings, *arguments], check=True, capture_output=True)
+
+
+def test_a_revision_is_measured_beside_the_working_tree(project, gate):
+    (project / ".gitignore").write_text("results/\n__pycache__/\n")
+    git(project, "init", "--quiet")
+    git(project, "add", "-A")
+    git(project, "commit", "--quiet", "-m", "first")
+    sweep = project / "my" / "sweep" / "gate.yaml"
+    sweep.write_text(sweep.read_text().replace("method: fp32,ptsq", "method: fp32,ptsq,woq"))
+    same = gate("--qbench-base=HEAD", "-k", "ptsq or woq", "--qbench-report=json")
+    assert same.ret == 0, same.outlines
+    assert set(words(same)) == {STATIC, "tiny[woq-per_channel-symmetric]"}
+    cells = {cell["name"]: cell for cell in json.loads((project / "results/gate.json").read_text())["cells"]}
+    said = {v["metric"]: v["word"] for v in cells[STATIC]["verdicts"]}
+    assert said["checksum"] == said["size_bytes"] == said["score"] == "ok"
+    assert "speedup" in said
+    assert not list(project.glob("results/base/*/tree"))
+    assert not (project / "results" / "baseline").exists()
+
+    task = project / "mytask.py"
+    task.write_text(task.read_text().replace("images(16, 1)", "images(16, 3)"))  # other examples calibrate
+    other = gate("--qbench-base=HEAD", "-k", "ptsq")
+    assert (other.ret, words(other)) == (1, {STATIC: "stale"})
+    other.stdout.fnmatch_lines(["*inputs  stale: its data changed*"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (("--qbench-base=HEAD",), "qbench: --qbench-base: git rev-parse --verify: fatal: not a git repository"),
+        (("--qbench-base=HEAD", "--qbench-update"), "give one of them"),
         (("--qbench-limit=speed=2%",), "qbench: limit 'speed=2%': no metric 'speed'"),
         (("--qbench-sweep=nothing",), "qbench: sweep=nothing: allowed are"),
         (("--qbench-sweep=task=tiny methd=ptsq",), "qbench: unknown option 'methd'; did you mean method?"),

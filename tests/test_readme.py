@@ -38,6 +38,8 @@ def shortened(arguments: list[str]) -> list[str]:
     """The reader's own small network, and of each axis that the command leaves open one value."""
     if "--help" in arguments or "dry_run=true" in arguments or "qbench.kernels" in arguments:
         return arguments
+    if "qbench.compare" in arguments:  # with itself, and under the names of the shortened sweep
+        return [argument.replace("results_before", "results").replace("all@", "all-quick@") for argument in arguments]
     kept = [argument for argument in arguments if not argument.startswith("task=") and argument not in MINE]
     given = {argument.split("=")[0] for argument in arguments}
     narrow = [f"{axis}={value}" for axis, value in NARROW.items() if axis not in given and "+sweep=smoke" not in given]

@@ -31,7 +31,7 @@ class BaseSide:
         self, revision: str, root: Path, overrides: Sequence[str], config_dir: str | None, results: Path, sweep: str
     ) -> None:
         top = Path(_git(root, "rev-parse", "--show-toplevel"))
-        self.revision = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+        self.revision = commit(revision, root)
         place = results.resolve() / "base" / self.revision[:12]
         tree = place / "tree"
         if not tree.exists():
@@ -91,6 +91,13 @@ class BaseSide:
             raise UsageError(f"--qbench-base: revision {self.revision[:12]}: {answer['error']}")
         found: dict[str, Any] = answer["found"]
         return found
+
+
+def commit(revision: str, root: Path) -> str:
+    """The hash of a revision of the repository that holds a folder. Raises UsageError where there is none."""
+    if revision.startswith("-"):
+        raise UsageError(f"--qbench-base={revision}: give a revision, such as HEAD~1 or origin/main")
+    return _git(root, "rev-parse", "--verify", f"{revision}^{{commit}}")
 
 
 def _side(content: Mapping[str, Any] | None) -> Baseline | BaselineError | None:

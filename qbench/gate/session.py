@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.config import UsageError
 from qbench.gate import report
-from qbench.gate.base import BaseSide
+from qbench.gate.base import BaseSide, commit
 from qbench.gate.limits import parse
 from qbench.gate.run import Settings, Side, accept, orphans, run
 from qbench.gate.verdict import Outcome, Verdict
@@ -54,6 +54,8 @@ class GateSession:
         self._names: list[str] = []
         if self._base and self.settings.update:
             raise UsageError("--qbench-base compares with a revision, --qbench-update writes files: give one of them")
+        if self._base:
+            commit(self._base, self._root)
 
     def names(self) -> list[str]:
         """The cells of the sweep, fp32 first. Raises UsageError."""
