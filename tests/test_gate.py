@@ -66,6 +66,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", TEMPORARY)
+    monkeypatch.setenv("TMPDIR", TEMPORARY)  # for processes of its own
     monkeypatch.setattr(workers, "stop", lambda: None)  # the fork server is started once
     monkeypatch.setattr(speed, "LEAST", 2)
     return tmp_path
@@ -196,6 +197,7 @@ def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_workers_side_by_side_measure_once(project):
     """pytest-xdist: one process measures all cells, each is reported by the worker that has it."""
     ended = run(project, "--qbench", "-n", "2", "--qbench-update")
@@ -225,6 +227,7 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", "-C", str(folder), *settings, *arguments], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_revision_is_measured_beside_the_working_tree(project, gate):
     (project / ".gitignore").write_text("results/\n__pycache__/\n")
     git(project, "init", "--quiet")

@@ -73,7 +73,7 @@ class BaseSide:
     def close(self) -> None:
         """End the process and remove the worktree."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()  # closes the pipes, reaps it
         _git(self._root, "worktree", "remove", "--force", str(self._tree))
 
     def _ask(self, **request: Any) -> dict[str, Any]:

@@ -95,7 +95,10 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     items[:] = [item for item in items if _belongs(item)]
     if _asks_sweep(config):
         cells = CellCollector.from_parent(session, name=MARK, nodeid=MARK, path=config.rootpath)
-        items += cells.collect()
+        cells.names = _cell_names(gate)
+        report = config.hook.pytest_make_collect_report(collector=cells)
+        config.hook.pytest_collectreport(report=report)  # so that they are counted as collected
+        items += report.result
 
 
 def _belongs(item: pytest.Item) -> bool:
@@ -118,18 +121,23 @@ def pytest_configure_node(node: Any) -> None:
         gate.run = node.workerinput["testrunuid"]
 
 
+def _cell_names(gate: GateSession) -> list[str]:
+    from qbench.config import UsageError
+
+    try:
+        return gate.names()
+    except UsageError as error:
+        raise pytest.UsageError(f"qbench: {error}") from error
+
+
 class CellCollector(pytest.Collector):
     """The cells of the sweep, as items."""
 
-    def collect(self) -> list[pytest.Item]:
-        """One item a cell. Raises pytest.UsageError for a sweep that cannot be composed."""
-        from qbench.config import UsageError
+    names: Sequence[str] = ()
 
-        try:
-            names = self.config.stash[SESSION].names()
-        except UsageError as error:
-            raise pytest.UsageError(f"qbench: {error}") from error
-        return [CellItem.from_parent(self, name=name) for name in names]
+    def collect(self) -> list[pytest.Item]:
+        """One item a cell."""
+        return [CellItem.from_parent(self, name=name) for name in self.names]
 
 
 class CellItem(pytest.Item):
