@@ -37,7 +37,7 @@ loops of 20, 21, 22 and 40 calls of one object. In brackets exact 95 % intervals
 {rows}
 
 How much a process' value (the log of fp32's time over the cell's, median of its rounds) differs from process to
-process: standard deviation, and the same from the means of stretches of {least}, which is larger where a machine drifts.
+process: standard deviation, and the same from the means of stretches of {least}, larger where a machine drifts.
 
 | machine | cell | processes | spread | from stretches |
 |---|---|---|---|---|

@@ -94,7 +94,9 @@ class Side:
     def groups(self) -> list[list[str]]:
         """The names of the cells that are timed together; those that failed, and fp32, are not timed."""
         timed = {w.cell.question: n for n, w in self.works.items() if w.error is None and not w.cell.is_baseline}
+        tasks = list(dict.fromkeys(work.cell.task_id for work in self.works.values()))
         cells = [work.cell for work in self.works.values() if work.cell.question in timed]
+        cells.sort(key=lambda cell: tasks.index(cell.task_id))
         return [[timed[cell.question] for cell in group] for group in together(cells)]
 
     def time(self, names: Sequence[str], index: int) -> None:

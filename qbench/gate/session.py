@@ -36,8 +36,8 @@ class GateSession:
             return str(config.getoption(f"qbench_{name}") or config.getini(f"qbench_{name}"))
 
         self._root = config.rootpath
-        results = self._root / chosen("results")
-        baseline = self._root / chosen("baseline") if chosen("baseline") else results / "baseline"
+        results = from_here(self._root / chosen("results"))
+        baseline = from_here(self._root / chosen("baseline")) if chosen("baseline") else results / "baseline"
         limits = [parse(line) for line in [*config.getini("qbench_limits"), *config.getoption("qbench_limit")]]
         words = shlex.split(chosen("sweep"))
         sweep = next((word for word in words if "=" not in word), "cells")
@@ -141,7 +141,7 @@ class GateSession:
         return self.settings.results / OUTCOMES.format(run=self.run)
 
     def _side(self, overrides: Sequence[str]) -> Side:
-        folder = None if self._config_dir is None else str(self._root / self._config_dir)
+        folder = None if self._config_dir is None else str(from_here(self._root / self._config_dir))
         return Side(overrides, folder, self.settings.results, self.settings.sweep)
 
     def _run(self, overrides: Sequence[str], names: Sequence[str], settings: Settings) -> list[Outcome]:
@@ -167,3 +167,9 @@ class GateSession:
             return None
         settings = self.settings
         return BaseSide(self._base, self._root, overrides, self._config_dir, settings.results, settings.sweep)
+
+
+def from_here(path: Path) -> Path:
+    """Relative to the working directory where it lies in it: what is printed is short, and true when pasted."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
