@@ -59,12 +59,12 @@ def change(before: Evidence, now: Evidence, direction: str) -> ScoreChange:
 
     Raises ValueError, which says why, for evidence of different examples or of a damaged file.
     """
-    kinds = before.get("kind"), now.get("kind")
+    kinds = str(before.get("kind")), str(now.get("kind"))
     if kinds[0] != kinds[1] or kinds[0] not in _CHANGES:
         raise ValueError(f"evidence of the kinds {kinds[0]!r} and {kinds[1]!r} cannot be compared")
     try:
-        return _CHANGES[str(kinds[0])](before, now, -1.0 if direction == "lower" else 1.0)
-    except (KeyError, TypeError, binascii.Error) as error:
+        return _CHANGES[kinds[0]](before, now, -1.0 if direction == "lower" else 1.0)
+    except (KeyError, TypeError, ArithmeticError, binascii.Error) as error:
         raise ValueError(f"damaged evidence of a score ({type(error).__name__}: {error})") from error
 
 

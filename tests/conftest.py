@@ -3,16 +3,20 @@
 import os
 from collections.abc import Iterator
 
-# Workers side by side, and the processes that they start, on one thread each: two threads each on the same cores wait
-# for each other, and are ten times slower. Before anything loads torch.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 from hypothesis import settings
 
 settings.register_profile("stable", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("stable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers side by side, and the processes that they start, on one thread each, before anything loads torch.
+
+    Two threads each on the same cores wait for each other, and are ten times slower. The gate measures one at a time.
+    """
+    if hasattr(config, "workerinput") and not config.getoption("qbench"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")

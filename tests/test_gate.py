@@ -105,9 +105,9 @@ def test_the_life_of_a_gate(project, gate):
     assert words(missing) == {"tiny[fp32]": "missing baseline", STATIC: "missing baseline"}
     assert not folder.exists()
     missing.stdout.fnmatch_lines(
-        ["*accept:   pytest --qbench --qbench-update -k 'tiny and ptsq-per_channel-symmetric'"]
+        ["*accept:   pytest --qbench --qbench-update -k 'tiny[[]ptsq-per_channel-symmetric[]]'"]
     )
-    assert len(list(project.glob("results/runs/*/baseline.json"))) == 2
+    assert len(list(project.glob("results/gate/runs/*/baseline.json"))) == 2
 
     accepted = gate("--qbench-update")
     assert accepted.ret == 0
@@ -208,7 +208,7 @@ def test_workers_side_by_side_measure_once(project):
         "tiny[fp32].json",
         f"{STATIC}.json",
     ]
-    assert not list(project.glob("results/gate-*.json"))
+    assert not list(project.glob("results/gate/run-*.json"))
 
 
 def test_without_the_option_the_gate_is_skipped_and_nothing_heavy_is_loaded(project):

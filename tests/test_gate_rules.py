@@ -399,7 +399,7 @@ def test_the_text_of_a_red_test_says_what_and_how_to_go_on():
         "  size_bytes  worse: 1 -> 2 bytes",
         "  alone:    python -m qbench x",
         "  measured: f",
-        "  if meant: pytest --qbench --qbench-update=all -k 'ci_lstm and ptdq-per_channel-symmetric'",
+        "  if meant: pytest --qbench --qbench-update=all -k 'ci_lstm[ptdq-per_channel-symmetric]'",
     ]
 
 

@@ -38,11 +38,20 @@ class BaseSide:
             _git(root, "worktree", "prune")
             _git(root, "worktree", "add", "--detach", "--force", str(tree), self.revision)
         self._root, self._tree = root, tree
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            self._start(top, place, overrides, config_dir, results, sweep)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(
+        self, top: Path, place: Path, overrides: Sequence[str], config_dir: str | None, results: Path, sweep: str
+    ) -> None:
+        """Build what the revision needs and start the process that answers."""
+        tree = self._tree
         _build_engine(tree)
-        (results / "cache").mkdir(parents=True, exist_ok=True)
-        (place / "results").mkdir(exist_ok=True)
-        if not (place / "results" / "cache").exists():
-            (place / "results" / "cache").symlink_to(results.resolve() / "cache")
+        share_cache(place / "results", results)
         asked = {
             "overrides": list(overrides),
             "config_dir": config_dir,
@@ -51,11 +60,15 @@ class BaseSide:
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "qbench.gate.base", json.dumps(asked)],
-            cwd=tree / root.resolve().relative_to(top.resolve()),
+            cwd=tree / self._root.resolve().relative_to(top.resolve()),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(_moved(sys.path, top.resolve(), tree))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        code = Path(self._ask(do="where")["qbench"])
+        if (tree / "qbench" / "gate").is_dir() and not code.is_relative_to(tree):
+            raise UsageError(f"--qbench-base: the revision would run the code in {code}, not its own")
 
     def begin(self, names: Sequence[str]) -> None:
         """Quantize, score and weigh the cells of these names there."""
@@ -72,11 +85,13 @@ class BaseSide:
 
     def close(self) -> None:
         """End the process and remove the worktree."""
-        self._process.kill()
-        self._process.communicate()  # closes the pipes, reaps it
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()  # closes the pipes, reaps it
         _git(self._root, "worktree", "remove", "--force", str(self._tree))
 
     def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -103,7 +118,29 @@ def commit(revision: str, root: Path) -> str:
 def _side(content: Mapping[str, Any] | None) -> Baseline | BaselineError | None:
     if content is None:
         return None
-    return BaselineError(content["failed"]) if "failed" in content else Baseline(**content)
+    if "failed" in content:
+        return BaselineError(content["failed"])
+    try:
+        return Baseline(**content)
+    except TypeError as error:
+        return BaselineError(f"its gate has another form of baseline ({error})")
+
+
+def share_cache(place: Path, results: Path) -> None:
+    """A results folder of its own with the trained weights of another one."""
+    (results / "cache").mkdir(parents=True, exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / "cache").is_symlink():
+        (place / "cache").symlink_to((results / "cache").resolve())
+
+
+def _moved(paths: Sequence[str], top: Path, tree: Path) -> list[str]:
+    """Where modules are found, with what lies in the repository looked for in the worktree (an environment is not)."""
+    found = []
+    for path in (Path(text).resolve() for text in paths):
+        twin = tree / path.relative_to(top) if path.is_relative_to(top) else path
+        found.append(str(twin if twin.exists() else path))
+    return found
 
 
 def _as_json(side: Baseline | BaselineError | None) -> dict[str, Any] | None:
@@ -126,7 +163,10 @@ def _build_engine(tree: Path) -> None:
     if not (tree / "qbench" / "native" / "build.py").exists():
         return
     command = [sys.executable, "-m", "qbench.native.build"]
-    ended = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=BUILD_S, check=False)
+    try:
+        ended = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=BUILD_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UsageError(f"--qbench-base: building the engine took more than {BUILD_S:g} s") from error
     if ended.returncode:
         raise UsageError(f"--qbench-base: the engine of the revision cannot be built: {ended.stderr.strip()[-300:]}")
 
@@ -143,8 +183,10 @@ def _serve(asked: Mapping[str, Any]) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                found: dict[str, Any] = {}
-                if request["do"] == "begin":
+                found: dict[str, Any] = {"qbench": str(Path(__file__).resolve())}
+                if request["do"] == "where":
+                    pass
+                elif request["do"] == "begin":
                     side.begin(request["names"])
                 elif request["do"] == "time":
                     side.time(request["names"], request["index"])

@@ -18,12 +18,13 @@ from typing import Any
 from qbench.record import Record, write_atomic
 
 SCHEMA = 1
+LARGEST_SPEED = 50.0  # a log: no cell is e^50 times as fast as another
 KEPT = 20  # earlier baselines in a file; the first always stays
 # Of the environment, what decides how fast a cell is and which float kernels run.
 MACHINE = ("cpu", "cpu_flags", "native_isa", "kernel_path", "threads", "measure_threads", "torch")
 HASHES = ("program_sha256", "model_sha256", "outputs_sha256")
 # Of the measurement, what changes the answer and not only how sure it is.
-ASKED = ("batch", "threads", "threads_large", "examples", "eval_batch")
+ASKED = ("batch", "threads", "threads_large", "examples", "eval_batch", "block_calls", "block_ms", "pause_ms")
 TELLING = ("score", "score_drop", "size_bytes", "int8_mac_fraction", "speedup", "peak_memory_bytes")
 
 
@@ -125,7 +126,7 @@ def read(path: Path) -> Baseline:
             raise ValueError(f"it is no baseline of schema {SCHEMA}")
         found = Baseline(**content)
         _check(found)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError, AttributeError, KeyError, RecursionError) as error:
         cure = "restore it from git, or delete it and run pytest --qbench --qbench-update"
         raise BaselineError(f"{path}: {' '.join(str(error).split())}; {cure}") from error
     return found
@@ -150,11 +151,18 @@ def _check(baseline: Baseline) -> None:
     ):
         if not isinstance(getattr(baseline, name), kind):
             raise ValueError(f"{name} is no {kind.__name__}")
+    if not all(isinstance(text, str) for text in (*baseline.float_ops, *baseline.hashes.values(), *baseline.tensors)):
+        raise ValueError("a name or a hash is no text")
     numbers = [*baseline.metrics.values()]
-    for values in (*baseline.speeds.values(), *(v for both in baseline.milliseconds.values() for v in both.values())):
-        if not isinstance(values, list) or len(values) < 1:
-            raise ValueError("the values of its processes are no list")
-        numbers += values
+    if baseline.speeds.keys() != baseline.milliseconds.keys():
+        raise ValueError("speeds and milliseconds are not of the same metrics")
+    for name, values in baseline.speeds.items():
+        times = [*baseline.milliseconds[name]["cell"], *baseline.milliseconds[name]["fp32"]]
+        if not values or not times or min(times) <= 0.0 or max(map(abs, values)) > LARGEST_SPEED:
+            raise ValueError(f"the values of {name} are none that were measured")
+        numbers += [*values, *times]
+    for entry in baseline.history:
+        numbers += [*entry["metrics"].values()]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
         raise ValueError("a value is no finite number")
     if baseline.evidence is not None and not isinstance(baseline.evidence, dict):

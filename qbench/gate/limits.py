@@ -33,6 +33,16 @@ class Limit:
     relative: bool = False
     cells: str = "*"
 
+    @property
+    def key(self) -> str:
+        """`speedup` of what a baseline allows, `speedup>=` of an absolute limit."""
+        return self.metric if self.sign == "=" else self.metric + self.sign
+
+    @property
+    def absolute(self) -> bool:
+        """Does it need no baseline?"""
+        return self.sign != "="
+
     def covers(self, cell: str) -> bool:
         """Is it for the cell of this name? Brackets stand for themselves."""
         pattern = "".join({"*": ".*", "?": "."}.get(letter, re.escape(letter)) for letter in self.cells)
@@ -65,7 +75,7 @@ def parse(text: str) -> Limit:
         raise ValueError(f"limit {text!r}: no metric {metric!r}; gated are {', '.join(GATED)}")
     cells = found["cells"] or "*"
     if value == "off":
-        return Limit(metric, sign, None, cells=cells)
+        return Limit(metric, "=", None, cells=cells)
     if metric == CHECKSUM:
         raise ValueError(f"limit {text!r}: a checksum is equal or not; {CHECKSUM}=off leaves it out")
     relative = value.endswith("%")
@@ -83,8 +93,11 @@ def parse(text: str) -> Limit:
 
 
 def for_cell(limits: Iterable[Limit], cell: str) -> dict[str, Limit]:
-    """By metric, the limit that counts for a cell: the last that covers it."""
-    return {limit.metric: limit for limit in limits if limit.covers(cell)}
+    """The limits that count for a cell, of several of one kind on a metric the last that covers it.
+
+    Those on what a baseline allows are found by their metric; absolute ones, beside them, by metric and sign.
+    """
+    return {limit.key: limit for limit in limits if limit.covers(cell)}
 
 
 def factor(metric: str, score: str) -> float:

@@ -158,7 +158,7 @@ class CellItem(pytest.Item):
         gate = self.config.stash[SESSION]
         outcome = gate.outcome(self.name)
         self.user_properties.append(("qbench", outcome.word))
-        _judge(gate, outcome)
+        _judge(gate, [outcome])
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The sentence alone; of an error that is not the cell's, its last line and the log."""
@@ -173,9 +173,9 @@ class CellItem(pytest.Item):
         return self.config.rootpath / MARK, None, self.name
 
 
-def _judge(gate: GateSession, outcome: Outcome) -> None:
-    if gate.settings.update is None and outcome.red(gate.strict):
-        raise Regression(gate.explain(outcome))
+def _judge(gate: GateSession, outcomes: Sequence[Outcome]) -> None:
+    if refused := [outcome for outcome in outcomes if gate.refuses(outcome)]:
+        raise Regression("\n\n".join(gate.explain(outcome) for outcome in refused))
 
 
 class Check:
@@ -193,15 +193,14 @@ class Check:
         gate = self._config.stash[SESSION]
         with _uncaptured(self._config):
             outcomes = gate.check(overrides, self._limits)
-        if refused := [o for o in outcomes if gate.settings.update is None and o.red(gate.strict)]:
-            raise Regression("\n\n".join(gate.explain(outcome) for outcome in refused))
+        _judge(gate, outcomes)
         return {outcome.name: outcome.metrics for outcome in outcomes}
 
 
 @pytest.fixture
 def qbench(request: pytest.FixtureRequest) -> Check:
     """Measure a cell and judge it: `qbench.check("task=lstm", "method=ptdq")`; run with --qbench."""
-    marks = request.node.iter_markers(MARK)
+    marks = reversed(list(request.node.iter_markers(MARK)))  # the test's own last: it counts
     limits = [f"{metric}{condition}" for mark in marks for metric, condition in mark.kwargs.items()]
     return Check(request.config, limits)
 
@@ -223,13 +222,20 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """When strict, a baseline without a cell is red although no test has its name."""
+    gate = session.config.stash.get(SESSION, None)
+    if gate is not None and gate.strict and session.exitstatus == pytest.ExitCode.OK and gate.orphans():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The table of all cells."""
     gate = config.stash.get(SESSION, None)
     if gate is None:
         return
     gate.collect_outcomes()
-    if gate.outcomes:
+    if gate.outcomes or gate.checks:
         terminalreporter.section("qbench")
         for line in gate.summary():
             terminalreporter.write_line(line)

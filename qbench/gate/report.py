@@ -23,6 +23,8 @@ def failure(outcome: Outcome, strict: bool = False) -> str:
     lines += [f"  {v.metric:{width}}  {v.word}: {v.sentence}" for v in red]
     if any(v.word in (verdict.WORSE, verdict.CHANGED, verdict.FAILED, verdict.LIMIT) for v in red) and outcome.command:
         lines.append(f"  alone:    {outcome.command}")
+    if not outcome.folder:
+        return "\n".join(lines)
     lines.append(f"  measured: {outcome.folder}")
     if all(v.word == verdict.MISSING for v in red):
         lines.append(f"  accept:   {ACCEPT} -k {_key(outcome.name)}")
@@ -32,7 +34,9 @@ def failure(outcome: Outcome, strict: bool = False) -> str:
 
 
 def _key(name: str) -> str:
-    """For -k, which knows no equals signs: the words of the name."""
+    """For -k, which knows no blanks and equals signs: the words of a name with such."""
+    if not set(name) & {" ", "="}:
+        return f"'{name}'"
     return "'" + " and ".join(name.replace("=", " ").replace("[", " ").replace("]", " ").split()) + "'"
 
 

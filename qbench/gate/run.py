@@ -19,6 +19,7 @@ from qbench import cell as cells_module
 from qbench import results
 from qbench.cell import Work, begin, finish, time_once
 from qbench.compose import Composer, close
+from qbench.config import UsageError
 from qbench.gate import speed, verdict
 from qbench.gate.base import BaseSide
 from qbench.gate.baseline import TELLING, Baseline, BaselineError, file_name, read
@@ -65,9 +66,13 @@ class Side:
         given = [*self.overrides, f"results={self.results}", "dry_run=true"]
         commas = any("," in word for word in self.overrides)
         try:
-            return plan(Composer(Namespace(overrides=given, multirun=commas, config_dir=self.config_dir)))
+            cells = plan(Composer(Namespace(overrides=given, multirun=commas, config_dir=self.config_dir)))
         finally:
             close()
+        names = [cell.name for cell in cells]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(f"two cells are called {twice[0]}: the gate tells cells apart by their names")
+        return cells
 
     def begin(self, names: Sequence[str]) -> None:
         """Quantize, score and weigh the cells of these names, those that the revision has.
@@ -82,7 +87,8 @@ class Side:
             cells = [cell for cell in cells if cell in wanted or cell.question in needed]
             for cell in identify(cells, prepare_tasks(cells, self.results, Progress())):
                 asked = cell.name in names
-                if cell.is_baseline and not asked and results.read_finished(self.results, cell.key) is not None:
+                found = results.read_finished(self.results, cell.key) if cell.is_baseline and not asked else None
+                if found is not None and found.status == "ok":
                     continue
                 work = begin(cell, self.results, lambda text, name=cell.name: self.say(f"{name}: {text}"))  # type: ignore[misc]
                 if cell.is_baseline:
@@ -122,14 +128,17 @@ class Side:
 
 def run(side: Side, names: Sequence[str], settings: Settings, base: BaseSide | None = None) -> list[Outcome]:
     """Measure the cells of these names and judge each: against its baseline, or the base's measurements beside it."""
-    side.begin(names)
     if base is not None:
         base.begin(names)
+    side.begin(names)
     stored = {name: None if base is not None else _stored(name, settings) for name in side.works}
     sampling = _Sampling(side, stored, settings, base)
     sampling.first()
     sampling.again()
+    if base is not None:
+        sampling.stored |= base.baselines(list(side.works))
     changes, levels = sampling.judged()
+    levels = {key: level if key[0] in sampling.confirmed else 0.0 for key, level in levels.items()}
     for name in side.works:
         _weigh_again(side, name, sampling.stored[name], settings)
     wanted = settings.baselines and base is None
@@ -172,12 +181,13 @@ class _Sampling:
         self.side, self.stored, self.settings, self.base = side, stored, settings, base
         self.groups = side.groups()
         self.least = max([speed.LEAST, *(cells_module.timed(work.cell).processes for work in side.works.values())])
+        self.confirmed: set[str] = set()  # cells that were measured a second time: only they can be worse or better
         self.started = time.monotonic()
 
     def first(self) -> None:
-        """As many processes as the measurement asks for, LEAST at least; up to twice as many while an interval is wide.
+        """As many processes as the measurement asks for, LEAST at least; more while an interval is wide and time is left.
 
-        Baselines, with which later runs are compared, rest on twice as many in any case.
+        Twice as many at most. Baselines, with which later runs are compared, rest on twice as many in any case.
         """
         goal = 2 * self.least if self.settings.update else self.least
         for index in range(2 * self.least):
@@ -196,6 +206,7 @@ class _Sampling:
         }
         for group in self.groups:
             if names := [name for name in group if name in moved]:
+                self.confirmed |= set(group)
                 self.side.say(f"{names[0]} seems to have changed its speed: measuring once more")
                 done = len(self.side.works[names[0]].timings)
                 for index in range(done, 2 * done):
@@ -253,24 +264,22 @@ def _outcome(
     return Outcome(name, said, work.cell.command, str(work.folder), dict(record.metrics))
 
 
-def accept(outcomes: Iterable[Outcome], settings: Settings) -> list[str]:
+def accept(outcomes: Iterable[Outcome], settings: Settings) -> dict[str, str]:
     """Write what a run measured as baselines: those that are missing or, with update `all`, every one.
 
-    Returns what changed, a line each. A failed cell has no baseline to write; its line says so.
+    Returns what changed, by cell. A cell that failed has nothing to write.
     """
-    lines = []
+    written = {}
     for outcome in outcomes:
         path = settings.baseline / file_name(outcome.name)
-        if outcome.word == verdict.FAILED:
-            lines.append(f"{outcome.name}: failed, not accepted")
-        elif not path.exists() or settings.update == "all":
+        if outcome.word != verdict.FAILED and (not path.exists() or settings.update == "all"):
             before = None
             with contextlib.suppress(BaselineError):
                 before = read(path) if path.exists() else None
             now = read(Path(outcome.folder) / CANDIDATE)
             now.write(path)
-            lines.append(f"{outcome.name}: {_what_changed(before, now)}")
-    return lines
+            written[outcome.name] = _what_changed(before, now)
+    return written
 
 
 def _what_changed(before: Baseline | None, now: Baseline) -> str:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.config import UsageError
 from qbench.gate import report
-from qbench.gate.base import BaseSide, commit
+from qbench.gate.base import BaseSide, commit, share_cache
 from qbench.gate.limits import parse
 from qbench.gate.run import Settings, Side, accept, orphans, run
-from qbench.gate.verdict import Outcome, Verdict
+from qbench.gate.verdict import FAILED, LIMIT, Outcome, Verdict
 
 if TYPE_CHECKING:
     import pytest
-
-OUTCOMES = "gate-{run}.json"
 
 
 class GateSession:
@@ -40,22 +39,26 @@ class GateSession:
         baseline = from_here(self._root / chosen("baseline")) if chosen("baseline") else results / "baseline"
         limits = [parse(line) for line in [*config.getini("qbench_limits"), *config.getoption("qbench_limit")]]
         words = shlex.split(chosen("sweep"))
-        sweep = next((word for word in words if "=" not in word), "cells")
-        self.settings = Settings(results, baseline, sweep, limits, config.getoption("qbench_update"))
+        self.settings = Settings(results, baseline, " ".join(words), limits, config.getoption("qbench_update"))
         self.strict: bool = config.getoption("qbench_strict")
-        self.outcomes: dict[str, Outcome] = {}
-        worker: dict[str, Any] = getattr(config, "workerinput", {})
-        self.run: str = worker.get("testrunuid", str(os.getpid()))  # a controller of pytest-xdist learns it later
+        self.outcomes: dict[str, Outcome] = {}  # of the sweep's cells
+        self.checks: dict[str, Outcome] = {}  # of the fixture's
+        self.accepted: dict[str, str] = {}  # by cell, what became of its baseline
+        self._worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+        self.run: str = (self._worker or {}).get("testrunuid", uuid.uuid4().hex)  # a controller learns it later
+        self._place = results / "gate"  # a results folder of its own: the gate's records are no cells of a sweep
+        self._error: UsageError | None = None
         self._overrides = [word if "=" in word else f"+sweep={word}" for word in words]
         self._config_dir = chosen("config_dir") or None
         self._base: str | None = config.getoption("qbench_base")
         self._reports: list[str] = config.getoption("qbench_report")
-        self._accepted: list[str] = []
         self._names: list[str] = []
         if self._base and self.settings.update:
             raise UsageError("--qbench-base compares with a revision, --qbench-update writes files: give one of them")
         if self._base:
             commit(self._base, self._root)
+        if str(self._root) not in sys.path:
+            sys.path.insert(0, str(self._root))  # where a user's tasks are, as with python -m qbench
 
     def names(self) -> list[str]:
         """The cells of the sweep, fp32 first. Raises UsageError."""
@@ -64,29 +67,58 @@ class GateSession:
         return self._names
 
     def measure(self, names: Sequence[str]) -> None:
-        """Measure the cells of these names, once: of several processes of pytest-xdist the first does it for all."""
-        if set(names) <= set(self.outcomes):
-            return
-        self.settings.results.mkdir(parents=True, exist_ok=True)
-        with (self.settings.results / ".gate.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self.collect_outcomes()
+        """Measure the cells of these names, once: of several processes of pytest-xdist the first does it for all.
+
+        Raises UsageError; the same one again when it is asked again.
+        """
+        if self._error is not None:
+            raise self._error
+        with self._alone():
             if not set(names) <= set(self.outcomes):
-                self._keep(self._run(self._overrides, names, self.settings))
+                try:
+                    found = self._run(self._overrides, names, self.settings, self._base)
+                except UsageError as error:
+                    self._error = error
+                    raise
+                self._keep(self.outcomes, found, self.settings)
 
     def check(self, overrides: Sequence[str], limits: Sequence[str]) -> list[Outcome]:
-        """Measure the quantized cells of a command line; with limits of its own no baseline is asked for."""
+        """Measure the quantized cells of a command line; with limits of its own nothing is compared or accepted.
+
+        Raises UsageError, ValueError for a wrong limit.
+        """
         own = [parse(limit) for limit in limits]
-        settings = dataclasses.replace(self.settings, limits=[*self.settings.limits, *own], baselines=not own)
+        if relative := [str(limit) for limit in own if not limit.absolute]:
+            raise UsageError(f"mark qbench: {relative[0]}: give an absolute limit, such as speedup='>=1.5'")
+        update = None if own else self.settings.update
+        everywhere = [*self.settings.limits, *own]
+        settings = dataclasses.replace(self.settings, limits=everywhere, baselines=not own, update=update, sweep="")
         cells = self._side(overrides).plan()
         names = [cell.name for cell in cells if not cell.is_baseline] or [cell.name for cell in cells]
-        outcomes = self._run(overrides, names, settings)
-        self._keep(outcomes)
-        return outcomes
+        with self._alone():
+            found = self._run(overrides, names, settings, None if own else self._base)
+            self._keep(self.checks, found, settings)
+        return found
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process of a run measures at a time, and knows what the others have measured."""
+        self._place.mkdir(parents=True, exist_ok=True)
+        with (self._place / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.collect_outcomes()
+            yield
 
     def outcome(self, name: str) -> Outcome:
         """Of a measured cell."""
         return self.outcomes[name]
+
+    def refuses(self, outcome: Outcome) -> bool:
+        """Is the cell red? What has just become its baseline cannot be worse than it, but it can fail."""
+        red = outcome.red(self.strict)
+        if outcome.name in self.accepted:
+            red = [verdict for verdict in red if verdict.word in (FAILED, LIMIT)]
+        return bool(red)
 
     def explain(self, outcome: Outcome) -> str:
         """The text of a red test."""
@@ -94,79 +126,82 @@ class GateSession:
 
     def summary(self) -> list[str]:
         """The table, what was accepted, and the reports that were asked for, which are written."""
-        found = list(self.outcomes.values())
-        left = orphans(self._names, self.settings) if self._names else []
-        lines = [*report.table(found), *report.orphan_lines(left, self.settings.baseline)]
-        lines += [f"accepted  {line}" for line in self._accepted]
+        found = [*self.outcomes.values(), *self.checks.values()]
+        lines = [*report.table(found), *report.orphan_lines(self.orphans(), self.settings.baseline)]
+        lines += [f"accepted  {name}: {text}" for name, text in self.accepted.items()]
         for kind in self._reports:
             path = self.settings.results / f"gate.{kind}"
-            report.write(path, found, left)
+            report.write(path, found, self.orphans())
             lines.append(f"report: {path}")
         return lines
+
+    def orphans(self) -> list[str]:
+        """Baselines of the sweep without a cell."""
+        return orphans(self._names, self.settings) if self._names else []
 
     def collect_outcomes(self) -> None:
         """Read what other processes of this run have measured."""
         path = self._path()
         if path.exists():
             content = json.loads(path.read_text())
-            self._accepted = content["accepted"]
-            self._names = content["names"]
-            for raw in content["outcomes"]:
-                verdicts = [Verdict(**one) for one in raw.pop("verdicts")]
-                self.outcomes[raw["name"]] = Outcome(verdicts=verdicts, **raw)
+            self.accepted, self._names = content["accepted"], content["names"]
+            for kind, into in ("outcomes", self.outcomes), ("checks", self.checks):
+                for raw in content[kind]:
+                    verdicts = [Verdict(**one) for one in raw.pop("verdicts")]
+                    into[raw["name"]] = Outcome(verdicts=verdicts, **raw)
 
     def close(self) -> None:
         """Forget this run, end the fork server."""
-        if not os.environ.get("PYTEST_XDIST_WORKER"):
+        if self._worker is None:
             self._path().unlink(missing_ok=True)
         if "qbench.workers" in sys.modules:
             from qbench import workers
 
             workers.stop()
 
-    def _keep(self, outcomes: Sequence[Outcome]) -> None:
+    def _keep(self, into: dict[str, Outcome], found: Sequence[Outcome], settings: Settings) -> None:
         from qbench.record import write_atomic
 
-        if self.settings.update:
-            self._accepted += accept(outcomes, self.settings)
-        self.outcomes |= {outcome.name: outcome for outcome in outcomes}
-        content = {
-            "names": self._names,
-            "accepted": self._accepted,
-            "outcomes": [dataclasses.asdict(outcome) for outcome in self.outcomes.values()],
-        }
-        write_atomic(self._path(), json.dumps(content))
+        if settings.update:
+            self.accepted |= accept(found, settings)
+        into |= {outcome.name: outcome for outcome in found}
+        content = {"names": self._names, "accepted": self.accepted}
+        kinds = {"outcomes": self.outcomes, "checks": self.checks}
+        sides = {kind: [dataclasses.asdict(outcome) for outcome in known.values()] for kind, known in kinds.items()}
+        write_atomic(self._path(), json.dumps({**content, **sides}))
 
     def _path(self) -> Path:
-        return self.settings.results / OUTCOMES.format(run=self.run)
+        return self._place / f"run-{self.run}.json"
 
     def _side(self, overrides: Sequence[str]) -> Side:
         folder = None if self._config_dir is None else str(from_here(self._root / self._config_dir))
-        return Side(overrides, folder, self.settings.results, self.settings.sweep)
+        return Side(overrides, folder, self._place, self.settings.sweep)
 
-    def _run(self, overrides: Sequence[str], names: Sequence[str], settings: Settings) -> list[Outcome]:
+    def _run(
+        self, overrides: Sequence[str], names: Sequence[str], settings: Settings, revision: str | None
+    ) -> list[Outcome]:
+        from qbench import results
         from qbench.progress import Progress
 
         side, progress, started = self._side(overrides), Progress(), time.monotonic()
-        side.say = progress.say
-        beside = f" beside {self._base}" if self._base else ""
+        side.sweep, side.say = settings.sweep, progress.say
+        beside = f" beside {revision}" if revision else ""
         print(f"\nqbench: measuring {len(names)} cells{beside}", file=sys.stderr, flush=True)
         progress.begin("gate")
-        base = self._base_side(overrides)
+        share_cache(self._place, settings.results)
+        base = None
+        if revision:
+            where = self._root, overrides, self._config_dir, settings.results, settings.sweep
+            base = BaseSide(revision, *where)
         try:
-            outcomes = run(side, names, settings, base)
+            with results.claim(self._place):
+                outcomes = run(side, names, settings, base)
         finally:
             if base is not None:
                 base.close()
         progress.end()
         print(f"qbench: measured in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         return outcomes
-
-    def _base_side(self, overrides: Sequence[str]) -> BaseSide | None:
-        if not self._base:
-            return None
-        settings = self.settings
-        return BaseSide(self._base, self._root, overrides, self._config_dir, settings.results, settings.sweep)
 
 
 def from_here(path: Path) -> Path:

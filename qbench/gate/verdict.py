@@ -85,17 +85,20 @@ def judge(
     disturbed: bool,
     wanted: bool = True,
 ) -> list[Verdict]:
-    """Everything that is said of a cell. `before` is None where nothing is stored, which counts only if `wanted`.
+    """Everything that is said of a cell. `before` is what it is compared with; not to have it counts only if `wanted`.
 
     `changes` and `levels` are those of all cells of the run, by name and metric.
     """
     if isinstance(now, BaselineError):
         return [Verdict("cell", FAILED, str(now))]
     found = absolute(now, limits)
+    if not wanted and not isinstance(before, Baseline):
+        why = "the other side has no such cell" if before is None else f"it failed on the other side: {before}"
+        return [*found, Verdict("baseline", OK, why)]
     if isinstance(before, BaselineError):
         return [*found, Verdict("baseline", STALE, str(before))]
     if before is None:
-        return [*found, *([Verdict("baseline", MISSING, "nothing to compare with")] if wanted else [])]
+        return [*found, Verdict("baseline", MISSING, "nothing to compare with")]
     own = {metric: change for (cell, metric), change in changes.items() if cell == name}
     own_levels = {metric: levels[name, metric] for metric in own}
     return [*found, *exact(before, now, limits), *of_speed(before, now, own, own_levels, limits, disturbed)]
@@ -107,9 +110,12 @@ def exact(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> list[
         what = ", ".join(changed)
         text = f"its {what} changed since the baseline was taken: nothing can be compared before it is taken again"
         return [Verdict("inputs", STALE, text)]
-    gone = [name for name in GATED if name in before.metrics and name not in now.metrics and not _off(limits, name)]
+    names = dict.fromkeys([*GATED, *(limit.metric for limit in limits.values() if not limit.absolute)])
+    gone = [name for name in names if name in before.metrics and name not in now.metrics]
+    new = [name for name in GATED if name in now.metrics and name not in before.metrics]
     found: list[Verdict | None] = [
         *(Verdict(name, VANISHED, f"the baseline has {name}, this run has not") for name in gone),
+        *(Verdict(name, MISSING, f"the baseline has no {name}: take it again") for name in new),
         _size(before, now, limits),
         _score(before, now, limits),
         _coverage(before, now, limits),
@@ -123,9 +129,10 @@ def exact(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> list[
 def absolute(now: Baseline, limits: Mapping[str, Limit]) -> list[Verdict]:
     """The limits that need no baseline. Where a metric has an interval, it is beyond a limit when all of that is."""
     found = []
-    for metric, limit in limits.items():
-        if limit.value is None or limit.sign == "=":
-            continue
+    for limit in limits.values():
+        metric = limit.metric
+        if not limit.absolute or (metric.startswith("speedup") and not now.speeds):
+            continue  # fp32 has no speed-up, nor has a backend whose latency is no result
         value = now.metrics.get(metric)
         if value is None:
             found.append(Verdict(metric, VANISHED, f"{limit} is asked for, and this run has no {metric}"))
@@ -161,11 +168,7 @@ def speed_changes(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) 
 def delta(metric: str, limits: Mapping[str, Limit]) -> float:
     """The log of the smallest change of speed that matters."""
     limit = limits.get(metric)
-    return (
-        speed.DELTA
-        if limit is None or limit.sign != "=" or limit.value is None
-        else math.log1p(limit.allowed(1.0, metric))
-    )
+    return speed.DELTA if limit is None or limit.value is None else math.log1p(limit.allowed(1.0, metric))
 
 
 def of_speed(
@@ -180,10 +183,12 @@ def of_speed(
     if before.stale(now):
         return []
     found = []
-    for name in before.speeds:
+    for name in dict.fromkeys([*before.speeds, *now.speeds]):
         if _off(limits, name):
             continue
-        if name not in now.speeds:
+        if name not in before.speeds:
+            found.append(Verdict(name, MISSING, f"the baseline has no processes of {name}: take it again"))
+        elif name not in now.speeds:
             found.append(Verdict(name, VANISHED, f"the baseline has {name}, this run has not"))
         elif name not in changes:
             found.append(_not_compared(before, now, name))
@@ -278,7 +283,7 @@ def _memory(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> Ver
 
 def _others(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> list[Verdict | None]:
     """Metrics that only a limit of the user's gates."""
-    own = [name for name, limit in limits.items() if limit.sign == "=" and name not in (*GATED, CHECKSUM)]
+    own = [limit.metric for limit in limits.values() if not limit.absolute and limit.metric not in GATED]
     return [_compared(name, before, now, limits, 0.0) for name in own if name not in before.speeds]
 
 
@@ -288,7 +293,7 @@ def _compared(name: str, before: Baseline, now: Baseline, limits: Mapping[str, L
         return None
     a, b = before.metrics[name], now.metrics[name]
     limit = limits.get(name)
-    allowed = slack if limit is None or limit.sign != "=" else limit.allowed(a, now.score)
+    allowed = slack if limit is None else limit.allowed(a, now.score)
     declaration = declared(name)
     worse = declaration.worse(b, a) if declaration else b != a
     text = f"{shown(name, a, now.score)} -> {shown(name, b, now.score)}" if a != b else shown(name, b, now.score)
@@ -308,11 +313,15 @@ def _score(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> Verd
     a, b = before.metrics["score"], now.metrics["score"]
     declaration, limit = declared(now.score), limits.get("score")
     direction = declaration.direction if declaration else "higher"
-    if limit is not None and limit.sign == "=":
+    if limit is not None:
         matters = limit.allowed(a, now.score)
     else:
         matters = 0.0 if declaration is None else declaration.tolerance * (abs(a) if declaration.relative else 1.0)
     sides = f"{now.score} {shown(now.score, a, now.score)} -> {shown(now.score, b, now.score)}"
+    if (before.evidence is None) != (now.evidence is None):
+        return Verdict(
+            "score", STALE, f"{sides}; only one of them has the evidence for a test: take the baseline again"
+        )
     if before.evidence is None or now.evidence is None:
         drop = a - b if direction == "higher" else b - a
         word = OK if abs(drop) <= matters else WORSE if drop > 0 else BETTER
