@@ -185,7 +185,7 @@ class _Sampling:
         self.started = time.monotonic()
 
     def first(self) -> None:
-        """As many processes as the measurement asks for, LEAST at least; more while an interval is wide and time is left.
+        """As many processes as the measurement asks for, LEAST at least; more while an interval is wide and time lasts.
 
         Twice as many at most. Baselines, with which later runs are compared, rest on twice as many in any case.
         """
