@@ -144,7 +144,7 @@ def _time(works: Sequence[Work], index: int, results: Path, say: Say) -> list[di
     limit = cell.measure.timeout_s * len(works)
     arguments = {**_task(cell), "programs": programs, "measure": dataclasses.asdict(settings), "process_index": index}
     arguments |= {"cache": str(results / "cache"), "backend": cell.recipe.backend.name}
-    say(f"timing, process {index + 1} of {settings.processes}")
+    say(f"timing, process {index + 1}" + (f" of {settings.processes}" if index < settings.processes else ""))
     with timing_lock.machine(alone=True, say=say):
         found = workers.run("qbench.measure:time_cells", arguments, log=works[0].folder / LOG, say=say, timeout_s=limit)
     return [latency.part(found, name) for name in programs] or [found]

@@ -42,6 +42,7 @@ class Settings:
     """Where results and baselines lie, what is allowed, and how long sampling may take.
 
     `update` is None, `new` or `all`: which baselines are written. With `baselines` False only absolute limits count.
+    After `time_limit_s` (twice that with a base) no more processes are added because an interval is wide.
     """
 
     results: Path
@@ -141,8 +142,8 @@ def run(side: Side, names: Sequence[str], settings: Settings, base: BaseSide | N
     levels = {key: level if key[0] in sampling.confirmed else 0.0 for key, level in levels.items()}
     for name in side.works:
         _weigh_again(side, name, sampling.stored[name], settings)
-    wanted = settings.baselines and base is None
-    return [_outcome(side, name, sampling.stored[name], changes, levels, settings, wanted) for name in side.works]
+    beside = base is not None
+    return [_outcome(side, name, sampling.stored[name], changes, levels, settings, beside) for name in side.works]
 
 
 def _weigh_again(side: Side, name: str, stored: Baseline | BaselineError | None, settings: Settings) -> None:
@@ -218,7 +219,8 @@ class _Sampling:
         for name in (name for group in self.groups for name in group):
             before, now = self.stored[name], self.side.baseline(name)
             if isinstance(before, Baseline) and isinstance(now, Baseline):
-                own = verdict.speed_changes(before, now, for_cell(self.settings.limits, name))
+                limits = for_cell(self.settings.limits, name)
+                own = verdict.speed_changes(before, now, limits, self.base is not None)
                 changes |= {(name, metric): change for metric, change in own.items()}
         return changes, speed.holm({key: change.p for key, change in changes.items()})
 
@@ -238,10 +240,11 @@ class _Sampling:
         return any(speed.wide(change, self._delta(key)) for key, change in self.judged()[0].items())
 
     def _delta(self, key: tuple[str, str]) -> float:
-        return verdict.delta(key[1], for_cell(self.settings.limits, key[0]))
+        return verdict.delta(key[1], for_cell(self.settings.limits, key[0]), self.base is not None)
 
     def _late(self) -> bool:
-        return time.monotonic() - self.started > self.settings.time_limit_s
+        sides = 1 if self.base is None else 2
+        return time.monotonic() - self.started > sides * self.settings.time_limit_s
 
 
 def _outcome(
@@ -251,7 +254,7 @@ def _outcome(
     changes: Mapping[tuple[str, str], SpeedChange],
     levels: Mapping[tuple[str, str], float],
     settings: Settings,
-    wanted: bool,
+    beside: bool,
 ) -> Outcome:
     """The cell's record, the baseline that it would make beside it, and the verdicts."""
     work, now = side.works[name], side.baseline(name)
@@ -260,7 +263,8 @@ def _outcome(
     if isinstance(now, Baseline):
         now.after(stored if isinstance(stored, Baseline) else None).write(work.folder / CANDIDATE)
     limits, disturbed = for_cell(settings.limits, name), "disturbed" in record.notes
-    said = verdict.judge(stored, now, limits, name, changes, levels, disturbed, wanted)
+    wanted = settings.baselines and not beside
+    said = verdict.judge(stored, now, limits, name, changes, levels, disturbed, beside, wanted)
     return Outcome(name, said, work.cell.command, str(work.folder), dict(record.metrics))
 
 

@@ -127,7 +127,8 @@ class GateSession:
     def summary(self) -> list[str]:
         """The table, what was accepted, and the reports that were asked for, which are written."""
         found = [*self.outcomes.values(), *self.checks.values()]
-        lines = [*report.table(found), *report.orphan_lines(self.orphans(), self.settings.baseline)]
+        judged = [outcome for outcome in found if outcome.name not in self.accepted]
+        lines = [*report.table(judged), *report.orphan_lines(self.orphans(), self.settings.baseline)]
         lines += [f"accepted  {name}: {text}" for name, text in self.accepted.items()]
         for kind in self._reports:
             path = self.settings.results / f"gate.{kind}"

@@ -1,7 +1,8 @@
 """Did a cell become slower? The sample is the fresh process; docs/gate/study.md tests these rules on recorded ones.
 
 A process' value is the natural log of its speed-up over fp32. The change is the difference of two means of such
-values; positive is slower. Its interval is Welch's (1947), the tests of one run are corrected together (Holm 1979).
+values, or the mean of their differences where two sides were measured in turns; positive is slower. Its interval is
+Welch's (1947), or Student's on the pairs; the tests of one run are corrected together (Holm 1979).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from qbench.statistics import CONFIDENCE, LEVEL
 
 Name = TypeVar("Name")
 
-DELTA = math.log(1.02)  # the smallest change that matters
+DELTA = math.log(1.02)  # the smallest change that matters, where both sides are measured in turns
+DRIFT = math.log(1.08)  # against a stored baseline: less than this a machine's speed changes by itself
 LEAST = 5  # processes a side; a measurement may ask for more
 
 
@@ -56,6 +58,18 @@ def change(before: Sequence[float], now: Sequence[float]) -> SpeedChange:
     squares = sum(part**2 / (len(side) - 1) for part, side in zip(parts, (before, now), strict=True))
     df = total**2 / squares if squares else float(len(before) + len(now) - 2)
     return SpeedChange(statistics.mean(before) - statistics.mean(now), math.sqrt(total), df)
+
+
+def paired_change(before: Sequence[float], now: Sequence[float]) -> SpeedChange:
+    """From processes of two sides that were measured in turns, the first with the first: what drifts reaches both.
+
+    Raises ValueError for fewer than two pairs, or a process without its partner.
+    """
+    if len(before) != len(now) or len(now) < 2:
+        raise ValueError(f"{len(before)} and {len(now)} processes: as many a side, two at least")
+    differences = [a - b for a, b in zip(before, now, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return SpeedChange(statistics.mean(differences), error, len(differences) - 1.0)
 
 
 def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:

@@ -83,11 +83,12 @@ def judge(
     changes: Mapping[tuple[str, str], SpeedChange],
     levels: Mapping[tuple[str, str], float],
     disturbed: bool,
+    beside: bool = False,
     wanted: bool = True,
 ) -> list[Verdict]:
     """Everything that is said of a cell. `before` is what it is compared with; not to have it counts only if `wanted`.
 
-    `changes` and `levels` are those of all cells of the run, by name and metric.
+    `changes` and `levels` are those of all cells of the run, by name and metric; see `speed_changes` for `beside`.
     """
     if isinstance(now, BaselineError):
         return [Verdict("cell", FAILED, str(now))]
@@ -101,7 +102,7 @@ def judge(
         return [*found, Verdict("baseline", MISSING, "nothing to compare with")]
     own = {metric: change for (cell, metric), change in changes.items() if cell == name}
     own_levels = {metric: levels[name, metric] for metric in own}
-    return [*found, *exact(before, now, limits), *of_speed(before, now, own, own_levels, limits, disturbed)]
+    return [*found, *exact(before, now, limits), *of_speed(before, now, own, own_levels, limits, disturbed, beside)]
 
 
 def exact(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> list[Verdict]:
@@ -153,22 +154,30 @@ def _end(metric: str, end: str) -> str:
     return f"{metric.removesuffix(suffix)}_ci_{end}{suffix}"
 
 
-def speed_changes(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> dict[str, SpeedChange]:
-    """By metric, how the speed changed; nothing where machines differ or too few processes were timed."""
+def speed_changes(
+    before: Baseline, now: Baseline, limits: Mapping[str, Limit], beside: bool = False
+) -> dict[str, SpeedChange]:
+    """By metric, how the speed changed; nothing where machines differ or too few processes were timed.
+
+    `beside`: both were measured in turns, process by process.
+    """
     if before.stale(now) or before.foreign(now):
         return {}
     both = [name for name in before.speeds if name in now.speeds and not _off(limits, name)]
+    change = speed.paired_change if beside else speed.change
     return {
-        name: speed.change(before.speeds[name], now.speeds[name])
+        name: change(before.speeds[name], now.speeds[name])
         for name in both
         if min(len(before.speeds[name]), len(now.speeds[name])) > 1
     }
 
 
-def delta(metric: str, limits: Mapping[str, Limit]) -> float:
-    """The log of the smallest change of speed that matters."""
+def delta(metric: str, limits: Mapping[str, Limit], beside: bool = False) -> float:
+    """The log of the smallest change of speed that matters: a stored baseline's speed drifts."""
     limit = limits.get(metric)
-    return speed.DELTA if limit is None or limit.value is None else math.log1p(limit.allowed(1.0, metric))
+    if limit is None or limit.value is None:
+        return speed.DELTA if beside else speed.DRIFT
+    return math.log1p(limit.allowed(1.0, metric))
 
 
 def of_speed(
@@ -178,6 +187,7 @@ def of_speed(
     levels: Mapping[str, float],
     limits: Mapping[str, Limit],
     disturbed: bool,
+    beside: bool,
 ) -> list[Verdict]:
     """The verdicts on speed; `levels` has what each test must reach, corrected for all tests of the run."""
     if before.stale(now):
@@ -193,7 +203,7 @@ def of_speed(
         elif name not in changes:
             found.append(_not_compared(before, now, name))
         else:
-            found.append(_speed(before, now, name, changes[name], levels[name], limits, disturbed))
+            found.append(_speed(before, now, name, changes[name], levels[name], delta(name, limits, beside), disturbed))
     return found
 
 
@@ -220,10 +230,9 @@ def _speed(
     name: str,
     change: SpeedChange,
     level: float,
-    limits: Mapping[str, Limit],
+    matters: float,
     disturbed: bool,
 ) -> Verdict:
-    matters = delta(name, limits)
     word = speed.verdict(change, level, matters)
     if word == INCONCLUSIVE and disturbed:
         word = DISTURBED
