@@ -290,6 +290,12 @@ def _memory(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> Ver
     return _compared(name, before, now, limits, max(relative, PEAK_SLACK))
 
 
+def memory_moved(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> bool:
+    """Does peak memory seem worse or better?"""
+    found = _memory(before, now, limits)
+    return found is not None and found.word in (WORSE, BETTER) and not _off(limits, found.metric)
+
+
 def _others(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> list[Verdict | None]:
     """Metrics that only a limit of the user's gates."""
     own = [limit.metric for limit in limits.values() if not limit.absolute and limit.metric not in GATED]
