@@ -89,7 +89,7 @@ def records_of(place: str) -> list[Record]:
 
 def _named(records: Sequence[Record]) -> dict[str, Baseline | BaselineError]:
     found: dict[str, Baseline | BaselineError] = {}
-    for record in records:
+    for record in (record for record in records if record.status != "skipped"):
         name = _name(record)
         try:
             found[name] = Baseline.of(record, name, "")
@@ -99,9 +99,8 @@ def _named(records: Sequence[Record]) -> dict[str, Baseline | BaselineError]:
 
 
 def _name(record: Record) -> str:
-    """`lstm[ptdq channel sym]`; with the backend where it is not the built-in engine."""
-    backend = "" if record.backend == "native" else f" {record.backend}"
-    return f"{record.task}[{comparison.recipe_text(record)}{backend}]"
+    """`lstm[ptdq channel sym]`."""
+    return f"{record.task}[{comparison.recipe_text(record)}]"
 
 
 if __name__ == "__main__":
