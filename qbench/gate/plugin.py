@@ -161,7 +161,7 @@ class CellItem(pytest.Item):
         _judge(gate, [outcome])
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The sentence alone; of an error that is not the cell's, its last line and the log."""
+        """The sentence alone; of an error that nobody foresaw, what pytest shows of it."""
         from qbench.config import UsageError
 
         if isinstance(excinfo.value, Regression | UsageError):
@@ -169,7 +169,7 @@ class CellItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[os.PathLike[str] | str, int | None, str]:
-        """Where it is said to stand: in the folder of baselines."""
+        """What a report says in the place of a file and a line: there is none."""
         return self.config.rootpath / MARK, None, self.name
 
 

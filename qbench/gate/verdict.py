@@ -39,7 +39,10 @@ NAMES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of one metric of a cell. `low` and `high` are the interval of `difference`, `unit` that of all."""
+    """What is said of one metric of a cell, numbers in the unit of the record; those of a change of speed in percent.
+
+    `low` and `high` are the interval of `difference`; of an absolute limit that of `now`.
+    """
 
     metric: str
     word: str
