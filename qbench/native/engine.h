@@ -55,7 +55,7 @@ struct Rows {
   const int32_t* zero_points;
   const float* scales;  // null: part of the multiplier
   int64_t pixels;       // INT64_MAX: entry 0 holds for all
-  int64_t of(int64_t pixel) const { return pixels == INT64_MAX ? 0 : pixel / pixels; }
+  int64_t of(int64_t pixel) const { return pixels == INT64_MAX ? 0 : pixels == 1 ? pixel : pixel / pixels; }
 };
 
 // An LSTM layer in one direction. finish_ih leaves float32 gates, finish_hh adds them to its own.

@@ -127,8 +127,8 @@ struct Finisher {
   void whole(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums, float* t) {
 #if defined(QB_AVX512)
     if (!finish.to_float && !rows.scales && fresh()) return static_codes(row, count, sums, row_sums);
-    if (finish.to_float && raw && rows.scales && fresh() && !finish.bias && !operands.residual)
-      return dynamic_floats(row, count, sums, row_sums);
+    if (finish.to_float && raw && block_ == 0 && !finish.start && !operands.residual)
+      return floats_of_rows(row, count, sums, row_sums);
 #endif
     if (!fresh()) begin(count, t);
     add(row, count, sums, row_sums, t);
@@ -213,29 +213,50 @@ struct Finisher {
       });
   }
 
-  // As `whole` for float32 where the rows of x have their own scales and zero points.
-  void dynamic_floats(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) const {
+  // As `whole` for float32: up to 64 outputs a turn.
+  void floats_of_rows(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) const {
+    if (wide == 4) return operands.add ? rows_of_floats<4, true>(row, count, sums, row_sums)
+                                       : rows_of_floats<4, false>(row, count, sums, row_sums);
+    if (wide == 3) return rows_of_floats<3, true>(row, count, sums, row_sums);
+    if (wide == 2) return rows_of_floats<2, true>(row, count, sums, row_sums);
+    return rows_of_floats<1, true>(row, count, sums, row_sums);
+  }
+
+  template <int C, bool MAY_ADD>
+  void rows_of_floats(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) const {
     const int32_t *zeros = zero_points(), *totals = weight.totals + block_ * of_block + offset;
     const bool clamps = finish.low > -INFINITY || finish.high < INFINITY;
-    for (int n = 0; n < wide; ++n) {
-      const int64_t left = outputs - n * TILE;
-      if (left <= 0) return;
-      const __mmask16 there = left >= TILE ? 0xFFFF : __mmask16((1 << left) - 1);
-      const __m512 m = _mm512_loadu_ps(finish.multiplier + offset + n * TILE);
-      const __m512 last = finish.last ? _mm512_loadu_ps(finish.last + offset + n * TILE) : _mm512_setzero_ps();
-      const __m512i zero = zeros ? _mm512_loadu_si512(zeros + n * TILE) : _mm512_setzero_si512();
-      const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(totals + n * TILE),
-                                             _mm512_mullo_epi32(zero, _mm512_set1_epi32(int32_t(taps))));
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t own = rows.of(row + r);
-        __m512i acc = _mm512_loadu_si512(sums + (r * wide + n) * TILE);
-        acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(total, _mm512_set1_epi32(rows.zero_points[own])));
-        if (zeros) acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(zero, _mm512_set1_epi32(row_sums[r])));
-        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(rows.scales[own]), m);
-        __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), scale);
-        if (finish.last) v = _mm512_add_ps(v, last);
+    const bool adds = MAY_ADD && operands.add;
+    const uint64_t there = outputs >= 64 ? ~0ull : (1ull << outputs) - 1;
+    __m512 m[C], last[C];
+    __m512i total[C], bias[C];
+#pragma GCC unroll 4
+    for (int n = 0; n < C; ++n) {
+      const int64_t from = offset + n * TILE;
+      m[n] = _mm512_loadu_ps(finish.multiplier + from);
+      last[n] = finish.last ? _mm512_loadu_ps(finish.last + from) : _mm512_setzero_ps();
+      bias[n] = finish.bias ? _mm512_loadu_si512(finish.bias + from) : _mm512_setzero_si512();
+      total[n] = _mm512_loadu_si512(totals + n * TILE);
+      if (zeros)
+        total[n] = _mm512_sub_epi32(total[n], _mm512_mullo_epi32(_mm512_loadu_si512(zeros + n * TILE), _mm512_set1_epi32(int32_t(taps))));
+    }
+    for (int64_t r = 0; r < count; ++r, sums += C * TILE) {
+      const int64_t own = rows.of(row + r), to = at(r);
+      const __m512i zero_point = _mm512_set1_epi32(rows.zero_points[own]);
+      const __m512 row_scale = _mm512_set1_ps(rows.scales ? rows.scales[own] : 1.0f);
+#pragma GCC unroll 4
+      for (int n = 0; n < C; ++n) {
+        const __mmask16 some = __mmask16(there >> (16 * n));
+        __m512i acc = _mm512_add_epi32(_mm512_load_si512(sums + n * TILE), bias[n]);
+        acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(total[n], zero_point));
+        if (zeros)
+          acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_loadu_si512(zeros + n * TILE), _mm512_set1_epi32(row_sums[r])));
+        __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_mul_ps(row_scale, m[n]));
+        if (adds)  // -0 becomes 0, as in `begin`
+          v = _mm512_add_ps(_mm512_add_ps(_mm512_setzero_ps(), _mm512_maskz_loadu_ps(some, operands.add + to + n * TILE)), v);
+        if (finish.last) v = _mm512_add_ps(v, last[n]);
         if (clamps) v = __m512(at_most(at_least(Floats(v), finish.low), finish.high));
-        _mm512_mask_storeu_ps(static_cast<float*>(operands.y) + at(r) + n * TILE, there, v);
+        _mm512_mask_storeu_ps(static_cast<float*>(operands.y) + to + n * TILE, some, v);
       }
     }
   }

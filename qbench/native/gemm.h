@@ -3,8 +3,8 @@
 
 namespace {
 
-// Rows [first, first + count) of the product, tiles [from, to) of each group.
-void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t to) {
+// Rows [first, first + count) of the product, tiles [from, to) of each group, these from the last one on if `backwards`.
+void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t to, bool backwards) {
   static thread_local Scratch gathered, summed, multiplied, totalled, placed;
   int64_t* places = placed.of<int64_t>(count);
   int32_t* row_sums = summed.of<int32_t>(count * p.blocks);
@@ -28,7 +28,9 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
       for (int64_t b = 0; b < p.blocks; ++b)
         for (int64_t r = 0; r < count; ++r)
           row_sums[b * count + r] = p.row_sum(a + r * stride + b * p.block_stride(), b);
-    for (int64_t tile = from; tile < to; tile += WIDE) {
+    const int64_t bands = (to - from + WIDE - 1) / WIDE;
+    for (int64_t band = 0; band < bands; ++band) {
+      const int64_t tile = from + (backwards ? bands - 1 - band : band) * WIDE;
       const int wide = int(std::min<int64_t>(WIDE, to - tile));
       Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, group, tile, wide, !CENTRED, places);
       if (p.blocks > 1) finisher.begin(count, t);
@@ -47,8 +49,9 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
   }
 }
 
-int64_t layer(const Weight& weight, const Finish& finish, const Window& window, const Rows& rows,
-              const Operands& operands) {
+// `backwards`: the tiles of the weight from the last one on.
+int64_t ordered_layer(const Weight& weight, const Finish& finish, const Window& window, const Rows& rows,
+                      const Operands& operands, bool backwards) {
   const Product p(weight, finish, window, rows, operands);
   const int64_t macs = p.total * weight.groups * weight.outputs * weight.depth;
   const int threads = threads_for(macs, WORTH_A_THREAD);
@@ -68,10 +71,15 @@ int64_t layer(const Weight& weight, const Finish& finish, const Window& window, 
     for (int64_t index = 0; index < panels; ++index)
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
-        panel(p, first, count, part * bands / parts * WIDE, std::min((part + 1) * bands / parts * WIDE, p.tiles));
+        panel(p, first, count, part * bands / parts * WIDE, std::min((part + 1) * bands / parts * WIDE, p.tiles), backwards);
       }
   }
   return macs;
+}
+
+int64_t layer(const Weight& weight, const Finish& finish, const Window& window, const Rows& rows,
+              const Operands& operands) {
+  return ordered_layer(weight, finish, window, rows, operands, false);
 }
 
 }  // namespace

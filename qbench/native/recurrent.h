@@ -1,4 +1,7 @@
 // An LSTM layer in one direction: the products of x for some steps at once, then step by step those of h and the cell.
+//
+// Every other step goes through the weight of h backwards: it may just not fit into a cache, which then still holds the
+// end that the last step left there.
 
 namespace {
 
@@ -44,7 +47,8 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
     macs += layer(r.weight_ih, r.finish_ih, x_window, x_rows,
                   {x + first * n * r.weight_ih.depth, nullptr, nullptr, gates, count * n});
     for (int64_t t = first; t < first + count; ++t) {
-      macs += layer(r.weight_hh, r.finish_hh, h_window, h_rows, {h, nullptr, gates + (t - first) * n * all, step, n});
+      macs += ordered_layer(r.weight_hh, r.finish_hh, h_window, h_rows,
+                            {h, nullptr, gates + (t - first) * n * all, step, n}, t % 2);
       uint8_t* out = y + t * n * hidden;
       for_samples(n, hidden, [=, scale = r.scale](int64_t s) {
         cell(step + s * all, hidden, c + s * hidden, values + s * hidden);
@@ -80,8 +84,8 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
     for (int64_t t = first; t < first + count; ++t) {
       if (quantize_rows(h, h_count, n * hidden / h_count, r.affine, h_codes, h_scales, h_zero_points)) return -1;
       const Rows h_rows{h_zero_points, h_scales, r.per_row ? 1 : INT64_MAX};
-      macs += layer(r.weight_hh, r.finish_hh, h_window, h_rows,
-                    {h_codes, nullptr, gates + (t - first) * n * all, step, n});
+      macs += ordered_layer(r.weight_hh, r.finish_hh, h_window, h_rows,
+                            {h_codes, nullptr, gates + (t - first) * n * all, step, n}, t % 2);
       float* out = y + t * n * hidden;
       for_samples(n, hidden, [=](int64_t s) { cell(step + s * all, hidden, c + s * hidden, out + s * hidden); });
       h = out;
@@ -105,8 +109,8 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
     macs += weight_only(r.weight_ih, scales_ih, r.finish_ih, x_window,
                         {x + first * n * inputs, nullptr, nullptr, gates, count * n});
     for (int64_t t = first; t < first + count; ++t) {
-      macs += weight_only(r.weight_hh, scales_hh, r.finish_hh, h_window,
-                          {h, nullptr, gates + (t - first) * n * all, step, n});
+      macs += ordered_weight_only(r.weight_hh, scales_hh, r.finish_hh, h_window,
+                                  {h, nullptr, gates + (t - first) * n * all, step, n}, t % 2);
       float* out = y + t * n * hidden;
       for_samples(n, hidden, [=](int64_t s) { cell(step + s * all, hidden, c + s * hidden, out + s * hidden); });
       h = out;

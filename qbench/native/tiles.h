@@ -122,10 +122,16 @@ inline Sums four_everywhere(const Code* x, int64_t k) {
 template <int R, int C>
 void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const int8_t* w, int64_t tile_stride, bool add,
                    int32_t* sums) {
+  if constexpr (R == 1 && C > 1) {  // the weight goes by at the speed of the caches: as one stream
+    for (int n = 0; n < C; ++n)
+      multiply_rows<1, 1>(row, stride, pieces, w + n * tile_stride, tile_stride, add, sums + n * TILE);
+    return;
+  }
   constexpr int N = C * REGISTERS;
-  constexpr int TURNS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4;  // sums apart from each other: a product takes 5 cycles
+  // Sums apart from each other: a product takes 5 cycles.
+  constexpr int TURNS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : R * N >= 2 ? 4 : 8;
   Sums c[TURNS][R][N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int u = 0; u < TURNS; ++u)
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
@@ -150,7 +156,7 @@ void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const 
     for (int r = 0; r < R; ++r) at[r] = row + r * stride + pieces.offsets[p];
     int64_t k = 0;
     for (; k + 4 * TURNS <= pieces.depth; k += 4 * TURNS)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int u = 0; u < TURNS; ++u) step(k + 4 * u, c[u]);
     for (; k < pieces.depth; k += 4) step(k, c[0]);
   }
@@ -159,7 +165,7 @@ void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const 
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Sums total = c[0][r][n];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int u = 1; u < TURNS; ++u)
 #if defined(QB_AVX512)
         total = _mm512_add_epi32(total, c[u][r][n]);
