@@ -79,20 +79,32 @@ struct PackedRows {
   const int8_t* tile(int64_t index) const { return values + index * depth * TILE; }
 };
 
-// Scores of one query, filled up with -infinity to whole tiles, to e = exp(score - max), 0 where hidden; returns their sum.
-inline float weigh(float* scores, int64_t stride) {
-  Floats most = lanes_at(scores);
-  for (int64_t k = TILE; k < stride; k += TILE) most = higher_of(lanes_at(scores + k), most);
-  const float largest = largest_of(most);
-  const float shift = largest > -INFINITY ? largest : 0.0f;
-  Floats sum = {};
-  for (int64_t k = 0; k < stride; k += TILE) {
-    const Floats score = lanes_at(scores + k), e = where_not(score, -INFINITY, exponential_below(score - shift));
-    set_lanes(scores + k, e);
-    sum += e;
+// Scores of `count` queries, each filled up with -infinity to whole tiles, to e = exp(score - max), 0 where hidden, and their
+// sums. First every maximum, then every sum: what a row waits for is not waited for by the next one.
+inline void weigh(float* scores, int64_t stride, int64_t count, float* sums) {
+  float* const shifts = sums;
+  for (int64_t r = 0; r < count; ++r) {
+    const float* row = scores + r * stride;
+    Floats most = lanes_at(row);
+    for (int64_t k = TILE; k < stride; k += TILE) most = higher_of(lanes_at(row + k), most);
+    const float largest = largest_of(most);
+    shifts[r] = largest > -INFINITY ? largest : 0.0f;
   }
-  return folded(sum);
+  for (int64_t r = 0; r < count; ++r) {
+    float* row = scores + r * stride;
+    Floats sum = {};
+    for (int64_t k = 0; k < stride; k += TILE) {
+      const Floats score = lanes_at(row + k), e = where_not(score, -INFINITY, exponential_below(score - shifts[r]));
+      set_lanes(row + k, e);
+      sum += e;
+    }
+    sums[r] = folded(sum);
+  }
 }
+
+// TILE codes with zero point 0 as a panel holds them.
+inline void put_codes(Bytes codes, uint8_t* out) { put(codes, TILE, out); }
+inline void put_codes(Bytes codes, int16_t* out) { copied(reinterpret_cast<const uint8_t*>(&codes), TILE, 0, out); }
 
 constexpr int64_t AT_ONCE = 16;  // queries
 
@@ -134,7 +146,7 @@ struct Heads {  // scratch of a thread for one head of a sample
     for (int64_t first = 0; first < columns; first += WIDE * TILE) {
       alignas(64) int32_t sums[AT_ONCE * WIDE * TILE];
       const int wide = int(std::min<int64_t>(WIDE, (columns - first + TILE - 1) / TILE));
-      multiply(count, wide, rows, packed.depth, packed.tile(first / TILE), packed.depth * TILE, packed.depth, sums);
+      multiply(count, wide, {rows, packed.depth, nullptr}, packed.tile(first / TILE), packed.depth * TILE, packed.depth, sums);
       for (int r = 0; r < count; ++r)
         for (int n = 0; n < wide; ++n) {
           Wrapping sum = wrapping_at(sums + (r * wide + n) * TILE);
@@ -173,21 +185,20 @@ int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const 
     h.values.pack_columns(v + head * a.keys * a.width, a.width, a.keys);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);
+      float e_sums[AT_ONCE];
       for (int64_t r = 0; r < count; ++r)
         h.row(q + (head * a.queries + first + r) * a.depth, a.depth, a.q_zero_point, h.rows + r * h.keys.depth);
       h.product(h.keys, count, q_zeros, a.keys, a.depth, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
         const Ints centred = centred_sums(sums, Ints{} + a.k_zero_point, row_sum);
         set_lanes(h.scores + r * h.stride + column, to_floats(centred) * a.m_scores);
       });
+      for (int64_t r = 0; r < count; ++r) masked(a, head, first + r, h.stride, h.scores + r * h.stride);
+      weigh(h.scores, h.stride, count, e_sums);
       for (int64_t r = 0; r < count; ++r) {
-        float* scores = h.scores + r * h.stride;
-        masked(a, head, first + r, h.stride, scores);
-        const float part = 255.0f / weigh(scores, h.stride);
+        const float *scores = h.scores + r * h.stride, part = 255.0f / e_sums[r];
         Code* p = h.rows + r * h.values.depth;
-        for (int64_t j = 0; j < h.stride; j += TILE) {  // the rows have room for whole tiles
-          const Bytes codes = to_bytes(rounded_lanes(lanes_at(scores + j) * part, 0.0f, 255.0f));
-          copied(reinterpret_cast<const uint8_t*>(&codes), TILE, 0, p + j);
-        }
+        for (int64_t j = 0; j < h.stride; j += TILE)  // the rows have room for whole tiles
+          put_codes(to_bytes(rounded_lanes(lanes_at(scores + j) * part, 0.0f, 255.0f)), p + j);
         if (h.values.depth > h.stride) std::memset(p + h.stride, 0, (h.values.depth - h.stride) * sizeof(Code));
       }
       h.product(h.values, count, p_zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
@@ -223,10 +234,12 @@ inline void weigh_keys(const Attention& a, const Quantized& q, const Quantized& 
     set_lanes(h.scores + r * h.stride + column,
               to_floats(centred_sums(sums, k_zeros, row_sum)) * (q_scale * k_scales * a.m_scores));
   });
+  float sums[AT_ONCE];
+  for (int64_t r = 0; r < count; ++r) masked(a, head, first + r, h.stride, h.scores + r * h.stride);
+  weigh(h.scores, h.stride, count, sums);
   for (int64_t r = 0; r < count; ++r) {
     float* scores = h.scores + r * h.stride;
-    masked(a, head, first + r, h.stride, scores);
-    const float sum = std::max(weigh(scores, h.stride), 1.0f);
+    const float sum = std::max(sums[r], 1.0f);
     for (int64_t j = 0; j < a.keys; j += TILE) {
       Floats p = lanes_at(scores + j) / sum;
       if (value_scales) p *= taken<Floats>(value_scales + head * a.keys + j, a.keys - j);

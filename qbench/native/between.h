@@ -89,7 +89,9 @@ void look_up(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* y) 
 typedef uint8_t Lines __attribute__((vector_size(64), aligned(1), may_alias));
 
 // How many taps lie before `end`: the first of them at 0, each `dilation` from the last.
-inline int64_t taps_before(int64_t end, int64_t dilation) { return end <= 0 ? 0 : (end + dilation - 1) / dilation; }
+inline int64_t taps_before(int64_t end, int64_t dilation) {
+  return end <= 0 ? 0 : dilation == 1 ? end : (end + dilation - 1) / dilation;
+}
 
 void max_pool(const uint8_t* x, const Window& v, int64_t samples, uint8_t* y) {
   const int64_t lines = samples * v.out_height;

@@ -139,13 +139,12 @@ struct Finisher {
   // As `whole` for codes with one scale and zero point of x: 64 outputs a turn.
   void static_codes(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) {
     prepare(zero_of(row));
-    if (wide == 4 && !zero_points() && outputs == 4 * TILE && below_int32())
-      return operands.residual ? rows_of_codes<4, WITH_RESIDUAL>(count, sums, row_sums)
-                               : rows_of_codes<4, PLAIN>(count, sums, row_sums);
-    if (wide == 4) return rows_of_codes<4, ANY>(count, sums, row_sums);
-    if (wide == 3) return rows_of_codes<3, ANY>(count, sums, row_sums);
-    if (wide == 2) return rows_of_codes<2, ANY>(count, sums, row_sums);
-    return rows_of_codes<1, ANY>(count, sums, row_sums);
+    const bool plain = !zero_points() && outputs == wide * TILE && below_int32();
+    const Kind kind = !plain ? ANY : operands.residual ? WITH_RESIDUAL : PLAIN;
+    if (wide == 4) return tiles_of_codes<4>(kind, count, sums, row_sums);
+    if (wide == 3) return tiles_of_codes<3>(kind, count, sums, row_sums);
+    if (wide == 2) return tiles_of_codes<2>(kind, count, sums, row_sums);
+    return tiles_of_codes<1>(kind, count, sums, row_sums);
   }
 
   // Do all products of sums and multipliers lie within int32? Then what is above the codes needs no clamp as a float.
@@ -157,6 +156,13 @@ struct Finisher {
   }
 
   enum Kind { PLAIN, WITH_RESIDUAL, ANY };
+
+  template <int C>
+  void tiles_of_codes(Kind kind, int64_t count, const int32_t* sums, const int32_t* row_sums) const {
+    if (kind == PLAIN) return rows_of_codes<C, PLAIN>(count, sums, row_sums);
+    if (kind == WITH_RESIDUAL) return rows_of_codes<C, WITH_RESIDUAL>(count, sums, row_sums);
+    return rows_of_codes<C, ANY>(count, sums, row_sums);
+  }
 
   template <int C, Kind KIND>
   void rows_of_codes(int64_t count, const int32_t* sums, const int32_t* row_sums) const {
@@ -201,10 +207,14 @@ struct Finisher {
       __m512i codes = _mm512_max_epu8(_mm512_packus_epi16(first, second), lowest);
       if (KIND != ANY) codes = _mm512_min_epu8(codes, highest);
       codes = _mm512_permutexvar_epi32(in_order, codes);
-      if (KIND == ANY)
+      if (KIND == ANY || C == 3)
         _mm512_mask_storeu_epi8(y, there, codes);
-      else
+      else if (C == 4)
         _mm512_storeu_si512(y, codes);
+      else if (C == 2)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_castsi512_si256(codes));
+      else
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_castsi512_si128(codes));
     }
     if (finish.table)
       replace_rows(count, outputs, finish.table, [this](int64_t r) {

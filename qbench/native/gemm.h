@@ -36,7 +36,7 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
       if (p.blocks > 1) finisher.begin(count, t);
       for (int64_t b = 0; b < p.blocks; ++b) {
         const int64_t depth = packed_depth(p.depth_of(b), p.weight.segment);
-        multiply(count, wide, a + b * p.block_stride(), stride, p.tile_of(group, b, tile), depth * TILE, depth, sums);
+        multiply(count, wide, {a + b * p.block_stride(), stride, nullptr}, p.tile_of(group, b, tile), depth * TILE, depth, sums);
         if (p.blocks == 1) {
           finisher.whole(first, count, sums, row_sums, t);
         } else {

@@ -4,9 +4,11 @@ namespace {
 
 #if defined(QB_VNNI)
 // A copy of the image with its padding, in which the inputs of a kernel row lie side by side, and at the same distance
-// from those of the row before for every output pixel. A tile register takes 16 output pixels. Where lines of the copy run on into each other, what would be to the right of the result is multiplied too, and
-// dropped. Where a kernel row is short, the copy holds the inputs of each output pixel apart, as many kernel rows as a
-// tile register takes side by side.
+// from those of the row before for every output pixel.
+//
+// A tile register takes 16 output pixels at one distance from each other. Where lines of the copy run on into each other,
+// what would be to the right of the result is multiplied too, and dropped. Where a kernel row is short, the copy holds the
+// inputs of each output pixel apart, as many kernel rows as a tile register takes side by side.
 struct PaddedImage {
   const Product& p;
   bool apart, run_on;
@@ -19,11 +21,9 @@ struct PaddedImage {
     const Window& v = p.window;
     if (p.weight.groups > 1 || p.blocks > 1 || v.kernel_height * v.kernel_width == 1) return false;
     if (is_apart(p)) return v.dilation_height == 1;
-    const bool whole_tiles = WHOLE == 1 || v.out_width % 16 == 0 || v.out_width > 24;
-    const bool stride_1 = v.stride_height == 1 && v.stride_width == 1;
-    const int64_t reach = std::abs((v.kernel_width - 1) * v.dilation_width);
-    if (WHOLE == 1 && stride_1 && reach * 8 > v.out_width) return false;  // too much of a line would be dropped
-    return (p.lines || v.channels % GROUP == 0) && (stride_1 || (p.lines && whole_tiles));
+    if (!p.lines && v.channels % GROUP != 0) return false;
+    const bool whole_tiles = v.out_width % 16 == 0 || v.out_width > 24;
+    return WHOLE == 1 || (v.stride_height == 1 && v.stride_width == 1) || (p.lines && whole_tiles);
   }
 
   static bool is_apart(const Product& p) { return WHOLE > 1 && p.lines && p.weight.segment * 2 <= GROUP; }
@@ -127,23 +127,19 @@ struct PaddedImage {
     }
   }
 
-  // Panels of rows at one distance from each other.
+  // Panels of output pixels, wherever they lie.
   void by_rows(const Work& work) const {
-    const int64_t count = work.band.count;
-    const int64_t of_line = p.window.out_width;
-    const int64_t stretches = run_on ? 1 : count, length = run_on ? (count - 1) * width + of_line : of_line;
-    for (int64_t s = 0; s < stretches; ++s)
-      for (int64_t part = 0, parts = std::max<int64_t>(1, length / PANEL); part < parts; ++part) {
-        Run runs[2 * PANEL];
-        int64_t many = 0;
-        const int64_t row = part * length / parts, here = (part + 1) * length / parts - row;
-        if (run_on)
-          note_runs(row, here, count, 0, runs, many);
-        else
-          runs[many++] = {0, s, row, here};
-        const Code* at = reinterpret_cast<const Code*>(work.image) + s * line + row * step;
-        multiply_and_finish(work, here, &at, many, runs);
+    const int64_t of_line = p.window.out_width, length = work.band.count * of_line;
+    for (int64_t part = 0, parts = std::max<int64_t>(1, length / PANEL); part < parts; ++part) {
+      const int64_t row = part * length / parts, count = (part + 1) * length / parts - row;
+      int64_t places[2 * PANEL];
+      for (int64_t r = 0, y = row / of_line, x = row % of_line; r < count; ++r) {
+        places[r] = y * line + x * step;
+        if (++x == of_line) x = 0, ++y;
       }
+      const Run run{0, row / of_line, row % of_line, count};
+      multiply_and_finish(work, count, {reinterpret_cast<const Code*>(work.image), 0, places}, nullptr, 1, &run);
+    }
   }
 
   // Up to four tile registers of 16 rows.
@@ -165,7 +161,7 @@ struct PaddedImage {
         else
           runs[many++] = {i * 16, y, x, std::min<int64_t>(16, p.window.out_width - x)};
       }
-      multiply_and_finish(work, here, at, many, runs);
+      multiply_and_finish(work, here, {}, at, many, runs);
     }
   }
 
@@ -195,8 +191,9 @@ struct PaddedImage {
       }
   }
 
-  // `count` rows, or tiles of 16 of them, from these pointers on.
-  void multiply_and_finish(const Work& work, int64_t count, const Code* const* at, int64_t many, const Run* runs) const {
+  // `count` rows, or `count` tiles of 16 of them from these pointers on.
+  void multiply_and_finish(const Work& work, int64_t count, [[maybe_unused]] const RowsAt& rows,
+                           [[maybe_unused]] const Code* const* at, int64_t many, const Run* runs) const {
     static thread_local Scratch multiplied, placed, totalled;
     int32_t* sums = multiplied.of<int32_t>(2 * PANEL * WIDE * TILE);
     float* t = totalled.of<float>(2 * PANEL * WIDE * TILE);
@@ -213,7 +210,7 @@ struct PaddedImage {
 #if defined(QB_AMX)
       multiply_pieces(count, wide, at, step, pieces, p.tile_of(0, 0, tile), p.block_stride() * TILE, false, sums);
 #else
-      multiply_pieces(count, wide, *at, step, pieces, p.tile_of(0, 0, tile), p.block_stride() * TILE, sums);
+      multiply_pieces(count, wide, rows, pieces, p.tile_of(0, 0, tile), p.block_stride() * TILE, sums);
 #endif
       Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, 0, tile, wide, true, places);
       for (int64_t i = 0; i < many; ++i) {

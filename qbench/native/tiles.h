@@ -37,6 +37,15 @@ struct Pieces {  // of a row: from these offsets on, `depth` products each
   int64_t count, depth;
 };
 
+struct RowsAt {  // of a panel: at one distance from each other, or where `places` has them (on paths with VNNI)
+  const Code* first;
+  int64_t stride;
+  const int64_t* places;  // from `first` on; null: r * stride
+
+  const Code* row(int64_t r) const { return first + (places ? places[r] : r * stride); }
+  RowsAt from(int64_t r) const { return places ? RowsAt{first, stride, places + r} : RowsAt{first + r * stride, stride, nullptr}; }
+};
+
 inline int64_t chunk_of(int64_t depth) {
   const int64_t chunks = (depth + CHUNK - 1) / CHUNK;
   return chunks < 2 ? depth : rounded_up((depth + chunks - 1) / chunks, GROUP);
@@ -44,16 +53,16 @@ inline int64_t chunk_of(int64_t depth) {
 
 #if !defined(QB_AVX2)
 template <int R, int C>
-void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const int8_t* w, int64_t, bool add,
+void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, int64_t, bool add,
                    int32_t* sums) {
   uint32_t c[R][TILE] = {};  // sums without the correction for zero points may wrap; with it they are exact
   if (add) std::memcpy(c, sums, sizeof c);
   for (int64_t p = 0; p < pieces.count; ++p) {
-    const Code* a = row + pieces.offsets[p];
+    const Code* a = rows.first + pieces.offsets[p];
     for (int64_t k = 0; k < pieces.depth; k += 2, w += 2 * TILE, a += 2)
 #pragma GCC unroll 6  // g++ 12 makes vectors of the rows otherwise, and reads twice as many as there are
       for (int r = 0; r < R; ++r) {
-        const int32_t first = a[r * stride], second = a[r * stride + 1];
+        const int32_t first = a[r * rows.stride], second = a[r * rows.stride + 1];
         for (int j = 0; j < TILE; ++j) c[r][j] += uint32_t(first * w[2 * j] + second * w[2 * j + 1]);
       }
   }
@@ -61,7 +70,7 @@ void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const 
 }
 #elif !defined(QB_VNNI)
 template <int R, int C>
-void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const int8_t* w, int64_t, bool add,
+void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, int64_t, bool add,
                    int32_t* sums) {
   __m256i c[R][2];
 #pragma GCC unroll 6
@@ -70,14 +79,14 @@ void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const 
     for (int n = 0; n < 2; ++n)
       c[r][n] = add ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + r * TILE + n * 8)) : _mm256_setzero_si256();
   for (int64_t p = 0; p < pieces.count; ++p) {
-    const Code* a = row + pieces.offsets[p];
+    const Code* a = rows.first + pieces.offsets[p];
     for (int64_t k = 0; k < pieces.depth; k += 2, w += 2 * TILE, a += 2) {
       const __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
       const __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + TILE)));
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         int32_t pair;
-        std::memcpy(&pair, a + r * stride, 4);
+        std::memcpy(&pair, a + r * rows.stride, 4);
         const __m256i both = _mm256_set1_epi32(pair);
         c[r][0] = _mm256_add_epi32(c[r][0], _mm256_madd_epi16(both, w0));
         c[r][1] = _mm256_add_epi32(c[r][1], _mm256_madd_epi16(both, w1));
@@ -120,11 +129,11 @@ inline Sums four_everywhere(const Code* x, int64_t k) {
 }
 
 template <int R, int C>
-void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const int8_t* w, int64_t tile_stride, bool add,
+void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, int64_t tile_stride, bool add,
                    int32_t* sums) {
   if constexpr (R == 1 && C > 1) {  // the weight goes by at the speed of the caches: as one stream
     for (int n = 0; n < C; ++n)
-      multiply_rows<1, 1>(row, stride, pieces, w + n * tile_stride, tile_stride, add, sums + n * TILE);
+      multiply_rows<1, 1>(rows, pieces, w + n * tile_stride, tile_stride, add, sums + n * TILE);
     return;
   }
   constexpr int N = C * REGISTERS;
@@ -139,6 +148,9 @@ void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const 
       for (int n = 0; n < N; ++n)
         c[u][r][n] = add && u == 0 ? load(sums + r * C * TILE + n * LANES_OF_SUMS) : zeros();
   const Code* at[R];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) at[r] = rows.row(r);
+  int64_t first;
   const auto step = [&](int64_t k, Sums(&to)[R][N]) __attribute__((always_inline)) {
     Sums b[N];
 #pragma GCC unroll 4
@@ -146,14 +158,13 @@ void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const 
       b[n] = load(w + n / REGISTERS * tile_stride + k * TILE + n % REGISTERS * int(sizeof(Sums)));
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const Sums x = four_everywhere(at[r], k);
+      const Sums x = four_everywhere(at[r], first + k);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) add_products(to[r][n], x, b[n]);
     }
   };
   for (int64_t p = 0; p < pieces.count; ++p, w += pieces.depth * TILE) {
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) at[r] = row + r * stride + pieces.offsets[p];
+    first = pieces.offsets[p];
     int64_t k = 0;
     for (; k + 4 * TURNS <= pieces.depth; k += 4 * TURNS)
 #pragma GCC unroll 8
@@ -177,7 +188,7 @@ void multiply_rows(const Code* row, int64_t stride, const Pieces& pieces, const 
 }
 #endif
 
-using MultiplyRows = void (*)(const Code*, int64_t, const Pieces&, const int8_t*, int64_t, bool, int32_t*);
+using MultiplyRows = void (*)(const RowsAt&, const Pieces&, const int8_t*, int64_t, bool, int32_t*);
 #define QB_BY_ROWS(C) \
   {multiply_rows<1, C>, multiply_rows<2, C>, multiply_rows<3, C>, multiply_rows<4, C>, multiply_rows<5, C>, multiply_rows<6, C>}
 #if defined(QB_AVX512)
@@ -187,12 +198,12 @@ constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1)};
 #endif
 
 // As `multiply`, of rows in pieces, in turns of about as many rows each.
-inline void multiply_by_rows(int64_t rows, int wide, const Code* a, int64_t stride, const Pieces& pieces, const int8_t* w,
+inline void multiply_by_rows(int64_t rows, int wide, const RowsAt& a, const Pieces& pieces, const int8_t* w,
                              int64_t tile_stride, bool add, int32_t* sums) {
   const int64_t turns = (rows + ROWS - 1) / ROWS;
   for (int64_t turn = 0; turn < turns; ++turn) {
     const int64_t r = turn * rows / turns, height = (turn + 1) * rows / turns - r;
-    MULTIPLY_ROWS[wide - 1][height - 1](a + r * stride, stride, pieces, w, tile_stride, add, sums + r * wide * TILE);
+    MULTIPLY_ROWS[wide - 1][height - 1](a.from(r), pieces, w, tile_stride, add, sums + r * wide * TILE);
   }
 }
 
@@ -262,19 +273,19 @@ struct TileRegisters {
 };
 
 // As `multiply`, of rows in pieces: some pieces a pass, so that the tiles of the weight stay near.
-inline void multiply_pieces(int64_t rows, int wide, const Code* a, int64_t stride, const Pieces& pieces, const int8_t* w,
+inline void multiply_pieces(int64_t rows, int wide, const RowsAt& a, const Pieces& pieces, const int8_t* w,
                             int64_t tile_stride, int32_t* sums) {
   const int64_t some = std::max<int64_t>(1, CHUNK / pieces.depth);
   for (int64_t p = 0; p < pieces.count; p += some)
-    multiply_by_rows(rows, wide, a, stride, {pieces.offsets + p, std::min(some, pieces.count - p), pieces.depth},
+    multiply_by_rows(rows, wide, a, {pieces.offsets + p, std::min(some, pieces.count - p), pieces.depth},
                      w + p * pieces.depth * TILE, tile_stride, p > 0, sums);
 }
 #endif
 
 // sums [rows][wide * TILE], any number of rows; `depth` is a multiple of GROUP or the rest of a weight's block. Rows of `a`
 // are read, and sums written, up to a multiple of WHOLE. Within the life of a TileRegisters.
-inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, const int8_t* w, int64_t tile_stride,
-                     int64_t depth, int32_t* sums) {
+inline void multiply(int64_t rows, int wide, const RowsAt& a, const int8_t* w, int64_t tile_stride, int64_t depth,
+                     int32_t* sums) {
   if (!depth) std::memset(sums, 0, rows * wide * TILE * sizeof(int32_t));
 #if defined(QB_AMX)
   if (rows >= WORTH_TILES) {
@@ -282,8 +293,8 @@ inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, cons
     for (int64_t r = 0; r < rows; r += 64)
       for (int64_t first = 0; first < depth; first += chunk) {
         const Pieces piece{&first, 1, std::min(chunk, depth - first)};
-        const Code* const at[TILES] = {a + r * stride, a + (r + 16) * stride, a + (r + 32) * stride, a + (r + 48) * stride};
-        multiply_pieces((std::min<int64_t>(64, rows - r) + 15) / 16, wide, at, stride, piece, w + first * TILE, tile_stride,
+        const Code* const at[TILES] = {a.row(r), a.row(r + 16), a.row(r + 32), a.row(r + 48)};
+        multiply_pieces((std::min<int64_t>(64, rows - r) + 15) / 16, wide, at, a.stride, piece, w + first * TILE, tile_stride,
                         first > 0, sums + r * wide * TILE);
       }
     return;
@@ -291,7 +302,7 @@ inline void multiply(int64_t rows, int wide, const Code* a, int64_t stride, cons
 #endif
   const int64_t chunk = chunk_of(depth);
   for (int64_t first = 0; first < depth; first += chunk)
-    multiply_by_rows(rows, wide, a, stride, {&first, 1, std::min(chunk, depth - first)}, w + first * TILE, tile_stride,
+    multiply_by_rows(rows, wide, a, {&first, 1, std::min(chunk, depth - first)}, w + first * TILE, tile_stride,
                      first > 0, sums);
 }
 
