@@ -49,9 +49,8 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
   }
 }
 
-// `backwards`: the tiles of the weight from the last one on.
-int64_t ordered_layer(const Weight& weight, const Finish& finish, const Window& window, const Rows& rows,
-                      const Operands& operands, bool backwards) {
+int64_t layer(const Weight& weight, const Finish& finish, const Window& window, const Rows& rows,
+              const Operands& operands) {
   const Product p(weight, finish, window, rows, operands);
   const int64_t macs = p.total * weight.groups * weight.outputs * weight.depth;
   const int threads = threads_for(macs, WORTH_A_THREAD);
@@ -71,15 +70,10 @@ int64_t ordered_layer(const Weight& weight, const Finish& finish, const Window& 
     for (int64_t index = 0; index < panels; ++index)
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
-        panel(p, first, count, part * bands / parts * WIDE, std::min((part + 1) * bands / parts * WIDE, p.tiles), backwards);
+        panel(p, first, count, part * bands / parts * WIDE, std::min((part + 1) * bands / parts * WIDE, p.tiles), false);
       }
   }
   return macs;
-}
-
-int64_t layer(const Weight& weight, const Finish& finish, const Window& window, const Rows& rows,
-              const Operands& operands) {
-  return ordered_layer(weight, finish, window, rows, operands, false);
 }
 
 }  // namespace

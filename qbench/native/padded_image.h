@@ -267,7 +267,8 @@ void padded_layer(const Product& p, int threads) try {
   // Where the weight does not, whole samples share it.
   const bool shares = of_sample == 1 && p.tiles * p.block_stride() * TILE > CACHED;
   const int64_t together = shares ? std::clamp<int64_t>(2 * CACHED / image.size(lines), 1, std::min<int64_t>(16, (samples + threads - 1) / threads)) : 1;
-  const int64_t works = shares ? (samples + together - 1) / together : samples * of_sample;
+  const int64_t rounds = rounded_up((samples + together - 1) / together, threads);  // as much for each thread
+  const int64_t works = shares ? std::min(samples, rounds) : samples * of_sample;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const TileRegisters registers;

@@ -7,28 +7,45 @@ namespace {
 
 constexpr int64_t STEPS_AT_ONCE = 32;  // whose gates stay in the cache
 
-// One step of one sample: gates i, f, g, o [4 * hidden]; c is read and written.
-inline void cell(const float* __restrict gates, int64_t hidden, float* __restrict c, float* __restrict h) {
+// One step of one sample, units [from, to): gates i, f, g, o [4 * hidden]; c is read and written.
+inline void cell(const float* __restrict gates, int64_t hidden, int64_t from, int64_t to, float* __restrict c,
+                 float* __restrict h) {
   const float *i = gates, *f = gates + hidden, *g = gates + 2 * hidden, *o = gates + 3 * hidden;
-  for (int64_t j = 0; j < hidden; j += TILE) {
-    const int64_t some = hidden - j;
-    const auto at = [j, some](const float* x) { return taken<Floats>(x + j, some); };
-    const Floats kept = sigmoid(at(f)) * at(c) + sigmoid(at(i)) * hyperbolic_tangent(at(g));
-    put(kept, some, c + j);
-    put(sigmoid(at(o)) * hyperbolic_tangent(kept), some, h + j);
-  }
+  const auto at = [to](const float* x, int64_t j) { return taken<Floats>(x + j, to - j); };
+  for (int64_t j = from; j < to; j += TILE)
+    put(sigmoid(at(f, j)) * at(c, j) + sigmoid(at(i, j)) * hyperbolic_tangent(at(g, j)), to - j, c + j);
+  for (int64_t j = from; j < to; j += TILE)  // on its own, as it waits for the first
+    put(sigmoid(at(o, j)) * hyperbolic_tangent(at(c, j)), to - j, h + j);
 }
 
 Window rows_of(int64_t inputs, int64_t block) {
   return Window{1, 1, inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, block};
 }
 
-template <class Run>
-void for_samples(int64_t samples, int64_t hidden, const Run& run) {
-  const int threads = threads_for(samples * hidden * 64, WORTH_A_THREAD);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t n = 0; n < samples; ++n) run(n);
-}
+// What a thread does of every step: some of the outputs of the products, some of the units of the cells. The threads stay
+// together for all steps of a sequence, as two or three meetings a step cost less than as many beginnings.
+struct Share {
+  int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+
+  int64_t begin(int64_t count) const { return part * count / parts; }
+  int64_t end(int64_t count) const { return (part + 1) * count / parts; }
+
+  void products(const Product& p, bool backwards) const {
+    const int64_t bands = (p.tiles + WIDE - 1) / WIDE, panels = std::max<int64_t>(p.total > 0, p.total / PANEL);
+    for (int64_t index = 0; index < panels; ++index) {
+      const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
+      panel(p, first, count, begin(bands) * WIDE, std::min(end(bands) * WIDE, p.tiles), backwards);
+    }
+  }
+
+  // run(sample, first unit, end of the units).
+  template <class Run>
+  void cells(int64_t samples, int64_t hidden, const Run& run) const {
+    const int64_t tiles = (hidden + TILE - 1) / TILE;
+    const int64_t from = begin(tiles) * TILE, to = std::min(end(tiles) * TILE, hidden);
+    for (int64_t s = 0; from < to && s < samples; ++s) run(s, from, to);
+  }
+};
 
 int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, uint8_t* y) {
   const int64_t n = r.samples, hidden = r.hidden, all = 4 * hidden;
@@ -41,25 +58,32 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
   float* step = stepped.of<float>(n * all);
   float* values = states.of<float>(n * hidden);
   if (!gates || !step || !values) return 0;
+  const int threads = threads_for(n * all * hidden, WORTH_A_THREAD);
   int64_t macs = 0;
   for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
     const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first);
     macs += layer(r.weight_ih, r.finish_ih, x_window, x_rows,
                   {x + first * n * r.weight_ih.depth, nullptr, nullptr, gates, count * n});
-    for (int64_t t = first; t < first + count; ++t) {
-      macs += ordered_layer(r.weight_hh, r.finish_hh, h_window, h_rows,
-                            {h, nullptr, gates + (t - first) * n * all, step, n}, t % 2);
-      uint8_t* out = y + t * n * hidden;
-      for_samples(n, hidden, [=, scale = r.scale](int64_t s) {
-        cell(step + s * all, hidden, c + s * hidden, values + s * hidden);
-        encode(codes, s * hidden, (s + 1) * hidden, out, [=](int64_t j, int64_t some) {
-          return taken<Floats>(values + j, some) / scale;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      const Share share;
+      const TileRegisters registers;
+      for (int64_t t = first; t < first + count; ++t) {
+        const uint8_t* before = t ? y + (t - 1) * n * hidden : h;
+        const Operands operands{before, nullptr, gates + (t - first) * n * all, step, n};
+        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, operands), t % 2);
+#pragma omp barrier
+        share.cells(n, hidden, [=, scale = r.scale](int64_t s, int64_t from, int64_t to) {
+          cell(step + s * all, hidden, from, to, c + s * hidden, values + s * hidden);
+          encode(codes, s * hidden + from, s * hidden + to, y + t * n * hidden, [=](int64_t j, int64_t some) {
+            return taken<Floats>(values + j, some) / scale;
+          });
         });
-      });
-      h = out;
+#pragma omp barrier
+      }
     }
   }
-  return macs;
+  return macs + r.steps * n * all * hidden;
 }
 
 int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales, const int32_t* x_zero_points,
@@ -67,7 +91,7 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
   const int64_t n = r.samples, hidden = r.hidden, all = 4 * hidden, inputs = r.weight_ih.depth;
   const Window x_window = rows_of(inputs, r.weight_ih.block_depth);
   const Window h_window = rows_of(hidden, r.weight_hh.block_depth);
-  const int64_t h_count = r.per_row ? n : 1;
+  const int64_t h_count = r.per_row ? n : 1, length = h_count ? n * hidden / h_count : 0;  // rows of h that become codes
   static thread_local Scratch given, stepped, coded, scaled, shifted;
   float* gates = given.of<float>(std::min(STEPS_AT_ONCE, r.steps) * n * all);
   float* step = stepped.of<float>(n * all);
@@ -75,23 +99,38 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
   float* h_scales = scaled.of<float>(h_count);
   int32_t* h_zero_points = shifted.of<int32_t>(h_count);
   if (!gates || !step || !h_codes || !h_scales || !h_zero_points) return 0;
+  const Rows h_rows{h_zero_points, h_scales, r.per_row ? 1 : INT64_MAX};
+  const int threads = threads_for(n * all * hidden, WORTH_A_THREAD);
+  std::atomic<bool> odd{false};
   int64_t macs = 0;
   for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
     const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first), row = r.per_row ? first * n : 0;
     const Rows x_rows{x_zero_points + row, x_scales + row, r.per_row ? 1 : INT64_MAX};
     macs += layer(r.weight_ih, r.finish_ih, x_window, x_rows,
                   {x + first * n * inputs, nullptr, nullptr, gates, count * n});
-    for (int64_t t = first; t < first + count; ++t) {
-      if (quantize_rows(h, h_count, n * hidden / h_count, r.affine, h_codes, h_scales, h_zero_points)) return -1;
-      const Rows h_rows{h_zero_points, h_scales, r.per_row ? 1 : INT64_MAX};
-      macs += ordered_layer(r.weight_hh, r.finish_hh, h_window, h_rows,
-                            {h_codes, nullptr, gates + (t - first) * n * all, step, n}, t % 2);
-      float* out = y + t * n * hidden;
-      for_samples(n, hidden, [=](int64_t s) { cell(step + s * all, hidden, c + s * hidden, out + s * hidden); });
-      h = out;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      const Share share;
+      const TileRegisters registers;
+      for (int64_t t = first; t < first + count; ++t) {
+        const float* before = t ? y + (t - 1) * n * hidden : h;
+        for (int64_t i = share.begin(h_count); i < share.end(h_count); ++i)
+          if (!quantize_row(before + i * length, length, r.affine, h_codes + i * length, h_scales[i], h_zero_points[i]))
+            odd = true;
+#pragma omp barrier
+        if (odd) break;  // every thread sees the same
+        const Operands operands{h_codes, nullptr, gates + (t - first) * n * all, step, n};
+        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, operands), t % 2);
+#pragma omp barrier
+        share.cells(n, hidden, [=](int64_t s, int64_t from, int64_t to) {
+          cell(step + s * all, hidden, from, to, c + s * hidden, y + (t * n + s) * hidden);
+        });
+#pragma omp barrier
+      }
     }
+    if (odd) return -1;
   }
-  return macs;
+  return macs + r.steps * n * all * hidden;
 }
 
 int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float* scales_hh, const float* x,
@@ -103,6 +142,7 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
   float* gates = given.of<float>(std::min(STEPS_AT_ONCE, r.steps) * n * all);
   float* step = stepped.of<float>(n * all);
   if (!gates || !step) return 0;
+  const int threads = threads_for(n * hidden * 64, WORTH_A_THREAD);
   int64_t macs = 0;
   for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
     const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first);
@@ -112,7 +152,10 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
       macs += ordered_weight_only(r.weight_hh, scales_hh, r.finish_hh, h_window,
                                   {h, nullptr, gates + (t - first) * n * all, step, n}, t % 2);
       float* out = y + t * n * hidden;
-      for_samples(n, hidden, [=](int64_t s) { cell(step + s * all, hidden, c + s * hidden, out + s * hidden); });
+#pragma omp parallel num_threads(threads) if (threads > 1)
+      Share().cells(n, hidden, [=](int64_t s, int64_t from, int64_t to) {
+        cell(step + s * all, hidden, from, to, c + s * hidden, out + s * hidden);
+      });
       h = out;
     }
   }
