@@ -165,6 +165,15 @@ def weigh(work: Work, say: Say) -> dict[str, Any]:
         return _run("qbench.measure:memory_cell", arguments, work, say)
 
 
+def operations(work: Work, say: Say) -> dict[str, float]:
+    """Milliseconds of each operation of the saved program, alone on the machine. Raises WorkerError."""
+    cell = work.cell
+    arguments = {**_task(cell), "program": str(_program(work)), "measure": _measure(cell)}
+    say("its operations")
+    with timing_lock.machine(alone=True, say=say):
+        return _run("qbench.kernels:operations_ms", arguments, work, say)
+
+
 def _program(work: Work) -> Path:
     """Where the backend has saved the cell's model."""
     program: Path = work.folder / work.cell.recipe.backend.program

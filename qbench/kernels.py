@@ -130,5 +130,20 @@ def time_kernels(model: Any, inputs: tuple[Any, ...]) -> list[KernelTime]:
     return found
 
 
+def operations_ms(
+    program: str, task_config: dict[str, Any], prepared: dict[str, Any], measure: dict[str, Any]
+) -> dict[str, float]:
+    """Milliseconds of each operation of a saved program, each timed alone on the inputs that it has at batch 1."""
+    import torch
+
+    from qbench import evaluate
+    from qbench.measure import Measure
+    from qbench.saved import load
+
+    torch.set_num_threads(Measure.of(measure).threads_of(1))
+    inputs = evaluate.example_batch(task_config, prepared, 1)
+    return {row.name: row.ms for row in time_kernels(load(Path(program), "native"), inputs)}
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qbench import evidence, statistics
 from qbench.frechet import frechet_distance
-from qbench.gate import report, speed, verdict
+from qbench.gate import place, report, speed, verdict
 from qbench.gate.baseline import Baseline, BaselineError, file_name, read
 from qbench.gate.limits import for_cell, parse
 from qbench.metrics import accuracy, bits_per_char, fidelity
@@ -318,6 +318,21 @@ def test_slower_is_worse_with_the_figures_and_a_moved_fp32_is_named():
     assert judged(baseline(), now, "speedup=15%")["speedup"].word == "ok"
 
 
+def test_a_slow_down_is_placed_where_an_operation_lost_more_than_the_machine():
+    before = {"conv1": 1.0, "conv2": 2.0, "relu": 0.01, "gone": 1.0}
+    now = {"conv1": 1.1, "conv2": 3.2, "relu": 0.02, "new": 1.0}
+    assert place.slower(before, now, drift=1.1) == "conv2 2 -> 3.2 ms"
+    assert place.slower(before, now) == "conv2 2 -> 3.2 ms"  # what conv1 lost is below a tenth of it all
+    assert place.slower(before, {"conv1": 1.2, "conv2": 2.4}) == "conv2 2 -> 2.4 ms, conv1 1 -> 1.2 ms"
+    assert place.slower(before, {"conv1": 1.2, "conv2": 2.4}, drift=1.2) == ""
+    assert place.slower({}, now) == ""
+    slow = [math.log(2.0 / 1.12) + d for d in (-0.01, -0.005, 0.0, 0.005, 0.01)]
+    sides = baseline(operations=before), baseline(speeds={"speedup": slow}, operations=now)
+    said = verdict.placed(judged(*sides)["speedup"], *sides)
+    assert said.word == "worse"
+    assert said.sentence.endswith("; likely place: conv2 2 -> 3.2 ms")
+
+
 def test_a_wide_interval_is_inconclusive_or_disturbed():
     wide = baseline(speeds={"speedup": [0.5, 0.6, 0.7, 0.8, 0.9]})
     assert judged(baseline(), wide)["speedup"].word == "inconclusive"
@@ -414,6 +429,8 @@ def test_the_text_of_a_red_test_says_what_and_how_to_go_on():
         "  measured: f",
         "  if meant: pytest --qbench --qbench-update=all -k 'ci_lstm[ptdq-per_channel-symmetric]'",
     ]
+    beside = report.failure(dataclasses.replace(outcome, beside=True))
+    assert beside.splitlines() == text.splitlines()[:-1]  # a revision is no baseline to accept another for
 
 
 def test_the_comment_has_the_changed_cells_only():

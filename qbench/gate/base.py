@@ -83,6 +83,11 @@ class BaseSide:
         found = self._ask(do="baselines", names=list(names))
         return {name: _side(found.get(name)) for name in names}
 
+    def operations(self, name: str) -> dict[str, float]:
+        """Milliseconds of each operation of a cell there; empty where the revision cannot tell."""
+        found = self._ask(do="operations", names=[name]).get("operations")
+        return found if isinstance(found, dict) else {}
+
     def close(self) -> None:
         """End the process and remove the worktree."""
         if self._process is not None:
@@ -190,6 +195,8 @@ def _serve(asked: Mapping[str, Any]) -> None:
                     side.begin(request["names"])
                 elif request["do"] == "time":
                     side.time(request["names"], request["index"])
+                elif request["do"] == "operations":
+                    found["operations"] = side.operations(*request["names"])
                 else:
                     found = {name: _as_json(one) for name, one in side.baselines(request["names"]).items()}
                 answers.write(json.dumps({"found": found}) + "\n")

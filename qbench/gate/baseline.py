@@ -38,7 +38,8 @@ class Baseline:
 
     `speeds` holds by metric (`speedup`, `speedup_b16`) the natural log of fp32's time over the cell's in each process,
     `milliseconds` the medians of both there. `inputs` is what was asked, `machine` what answered. `history` holds the
-    telling metrics of the baselines that this one replaced, oldest first.
+    telling metrics of the baselines that this one replaced, oldest first. `operations` has the milliseconds of each
+    operation of the program at batch 1, each timed alone.
     """
 
     schema: int = SCHEMA
@@ -58,6 +59,7 @@ class Baseline:
     revision: str | None
     taken: str
     history: list[dict[str, Any]] = field(default_factory=list)
+    operations: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: Record, name: str, sweep: str) -> Baseline:
@@ -146,6 +148,7 @@ def _check(baseline: Baseline) -> None:
     """Raise ValueError for a value of another kind than a baseline has."""
     for name, kind in (
         *((key, dict) for key in ("metrics", "speeds", "milliseconds", "hashes", "tensors", "inputs", "machine")),
+        ("operations", dict),
         *((key, list) for key in ("history", "float_ops")),
         *((key, str) for key in ("name", "sweep", "method", "score", "taken")),
     ):
@@ -161,6 +164,7 @@ def _check(baseline: Baseline) -> None:
         if not values or not times or min(times) <= 0.0 or max(map(abs, values)) > LARGEST_SPEED:
             raise ValueError(f"the values of {name} are none that were measured")
         numbers += [*values, *times]
+    numbers += [*baseline.operations.values()]
     for entry in baseline.history:
         numbers += [*entry["metrics"].values()]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):

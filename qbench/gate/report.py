@@ -26,6 +26,8 @@ def failure(outcome: Outcome, strict: bool = False) -> str:
     if not outcome.folder:
         return "\n".join(lines)
     lines.append(f"  measured: {outcome.folder}")
+    if outcome.beside:
+        return "\n".join(lines)  # the baseline is a revision: nothing to accept
     if all(v.word == verdict.MISSING for v in red):
         lines.append(f"  accept:   {ACCEPT} -k {_key(outcome.name)}")
     elif any(v.word in (verdict.CHANGED, verdict.WORSE, verdict.STALE, verdict.VANISHED) for v in red):

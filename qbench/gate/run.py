@@ -8,6 +8,7 @@ judged on all of it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from argparse import Namespace
@@ -15,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qbench import backends, results
 from qbench import cell as cells_module
-from qbench import results
 from qbench.cell import Work, begin, finish, time_once
 from qbench.compose import Composer, close
 from qbench.config import UsageError
@@ -113,6 +114,15 @@ class Side:
         if index == 0 or all(work.cell.recipe.latency_is_result for work in works):
             time_once(works, index, self.results, self.say)
 
+    def operations(self, name: str) -> dict[str, float]:
+        """Milliseconds of each operation of a cell, timed alone; empty where the engine does not run it, or cannot."""
+        work = self.works[name]
+        own = work.cell.recipe.backend.name == backends.native.name and not work.cell.is_baseline
+        if own and work.error is None:
+            with contextlib.suppress(WorkerError):  # it only tells where to look
+                return cells_module.operations(work, self.say)
+        return {}
+
     def baselines(self, names: Iterable[str]) -> dict[str, Baseline | BaselineError | None]:
         """The baselines that what was measured would make."""
         return {name: self.baseline(name) for name in names if name in self.works}
@@ -143,8 +153,7 @@ def run(side: Side, names: Sequence[str], settings: Settings, base: BaseSide | N
     levels = {key: level if key[0] in sampling.confirmed else 0.0 for key, level in levels.items()}
     for name in side.works:
         _weigh_again(side, name, sampling.stored[name], settings)
-    beside = base is not None
-    return [_outcome(side, name, sampling.stored[name], changes, levels, settings, beside) for name in side.works]
+    return [_outcome(side, name, sampling.stored[name], changes, levels, settings, base) for name in side.works]
 
 
 def _weigh_again(side: Side, name: str, stored: Baseline | BaselineError | None, settings: Settings) -> None:
@@ -266,18 +275,25 @@ def _outcome(
     changes: Mapping[tuple[str, str], SpeedChange],
     levels: Mapping[tuple[str, str], float],
     settings: Settings,
-    beside: bool,
+    base: BaseSide | None,
 ) -> Outcome:
     """The cell's record, the baseline that it would make beside it, and the verdicts."""
-    work, now = side.works[name], side.baseline(name)
+    work, now, beside = side.works[name], side.baseline(name), base is not None
     assert now is not None
     record = cells_module.record_of(work) if work.cell.is_baseline else finish(work)
-    if isinstance(now, Baseline):
-        now.after(stored if isinstance(stored, Baseline) else None).write(work.folder / CANDIDATE)
     limits, disturbed = for_cell(settings.limits, name), "disturbed" in record.notes
     wanted = settings.baselines and not beside
     said = verdict.judge(stored, now, limits, name, changes, levels, disturbed, beside, wanted)
-    return Outcome(name, said, work.cell.command, str(work.folder), dict(record.metrics))
+    slower = [v for v in said if v.word == verdict.WORSE and (name, v.metric) in changes]
+    if isinstance(now, Baseline):
+        if slower or settings.update:
+            now = dataclasses.replace(now, operations=side.operations(name))
+        if slower and base is not None and isinstance(stored, Baseline):
+            stored = dataclasses.replace(stored, operations=base.operations(name))
+        if isinstance(stored, Baseline):
+            said = [verdict.placed(v, stored, now) if v in slower else v for v in said]
+        now.after(stored if isinstance(stored, Baseline) else None).write(work.folder / CANDIDATE)
+    return Outcome(name, said, work.cell.command, str(work.folder), dict(record.metrics), beside)
 
 
 def accept(outcomes: Iterable[Outcome], settings: Settings) -> dict[str, str]:

@@ -5,9 +5,10 @@ Pure functions of two `Baseline`s (a stored one and the one that the run would s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from qbench import evidence
 from qbench.gate import speed
 from qbench.gate.baseline import Baseline, BaselineError
 from qbench.gate.limits import CHECKSUM, GATED, Limit, factor
+from qbench.gate.place import changed_outputs, few, slower
 from qbench.gate.speed import SpeedChange
 from qbench.metrics import BATCH_SUFFIX, declared
 from qbench.statistics import LEVEL
@@ -34,7 +36,6 @@ DOUBTFUL = frozenset((INCONCLUSIVE, DISTURBED, FOREIGN, ORPHAN))  # a warning; r
 PEAK_SLACK = 512 << 10  # bytes by which the peak memory of one program differs from process to process
 FOREIGN_SIZE = 0.001  # other float kernels calibrate to other last digits, which take more or fewer characters
 TRAINED_SIZE = 0.01  # fine-tuning ends elsewhere on another machine
-NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell of a gate run: its verdicts, the command that reproduces it, and where what it measured lies."""
+    """A cell of a gate run: its verdicts, the command that reproduces it, and where what it measured lies.
+
+    `beside`: it was compared with a revision, not with a baseline that could be replaced.
+    """
 
     name: str
     verdicts: list[Verdict]
     command: str = ""
     folder: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    beside: bool = False
 
     @property
     def word(self) -> str:
@@ -258,6 +263,13 @@ def _speed(
     return Verdict(name, word, text, sides[0], sides[1], -slower, -high, -low)
 
 
+def placed(said: Verdict, before: Baseline, now: Baseline) -> Verdict:
+    """A verdict on speed with the operations that became slower, where both sides have timed theirs."""
+    ms = [statistics.median(side.milliseconds[said.metric]["fp32"]) for side in (before, now)]
+    found = slower(before.operations, now.operations, ms[1] / ms[0])
+    return dataclasses.replace(said, sentence=f"{said.sentence}; likely place: {found}") if found else said
+
+
 def _times(before: Baseline, now: Baseline, name: str) -> str:
     """`int8 0.124 -> 0.131 ms, fp32 1.27 -> 1.27 ms`, and whether it is fp32 that moved."""
     ms = {who: [statistics.median(side.milliseconds[name][who]) for side in (before, now)] for who in ("cell", "fp32")}
@@ -282,7 +294,7 @@ def _coverage(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> V
     floats = sorted(set(now.float_ops) - set(before.float_ops))
     if found is None or found.word != WORSE or not floats:
         return found
-    return Verdict(found.metric, WORSE, f"{found.sentence}; now in float: {_few(floats)}", found.before, found.now)
+    return Verdict(found.metric, WORSE, f"{found.sentence}; now in float: {few(floats)}", found.before, found.now)
 
 
 def _memory(before: Baseline, now: Baseline, limits: Mapping[str, Limit]) -> Verdict | None:
@@ -367,27 +379,12 @@ def _checksum(before: Baseline, now: Baseline) -> Verdict | None:
         return None
     if before.hashes == now.hashes:
         return Verdict(CHECKSUM, OK, "program, weights and outputs are the baseline's")
-    where = _where(before, now)
+    where = changed_outputs(before, now)
     if _trained(now):
         return Verdict(CHECKSUM, OK, f"fine-tuned: judged by its score ({where})")
     if before.foreign(now):
         return Verdict(CHECKSUM, FOREIGN, f"{where}; on another machine float kernels round, and calibrate, otherwise")
     return Verdict(CHECKSUM, CHANGED, f"{where}, from equal inputs")
-
-
-def _where(before: Baseline, now: Baseline) -> str:
-    """The likely place of a change of the outputs."""
-    parts = []
-    if before.hashes.get("program_sha256") != now.hashes.get("program_sha256"):
-        parts.append("the program changed")
-    names = [name for name, value in now.tensors.items() if before.tensors.get(name) != value]
-    names += [f"{name} (gone)" for name in before.tensors if name not in now.tensors]
-    if names:
-        parts.append(f"{len(names)} of {len(now.tensors)} tensors changed, first {_few(names)}")
-    same_file = before.hashes.get("model_sha256") == now.hashes.get("model_sha256")
-    if before.hashes.get("outputs_sha256") != now.hashes.get("outputs_sha256"):
-        parts.append("the outputs changed" + (" although the saved model did not: a kernel" if same_file else ""))
-    return ", ".join(parts) or "the saved file changed, nothing in it that counts"
 
 
 def _trained(side: Baseline) -> bool:
@@ -397,11 +394,6 @@ def _trained(side: Baseline) -> bool:
         return bool(option("method", side.method).trains)
     except ValueError:
         return False
-
-
-def _few(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def shown(metric: str, value: float, score: str) -> str:
