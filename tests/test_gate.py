@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import hydra  # noqa: F401 - pytester forgets what its runs import, and numpy cannot be imported twice
 import pytest
@@ -22,7 +23,6 @@ pytestmark = needs_engine
 
 INI = """
 [pytest]
-addopts = -p no:cacheprovider
 qbench_sweep = gate
 qbench_config_dir = my
 qbench_limits =
@@ -134,15 +134,18 @@ def test_the_life_of_a_gate(project, gate):
         content["metrics"]["size_bytes"] -= 1
 
     tamper(smaller)
-    worse = gate("-k", "ptsq")
+    worse = gate("-x", "-k", "ptsq", "--junitxml=gate.xml")
     assert worse.ret == 1
+    (case,) = ElementTree.parse(project / "gate.xml").iter("testcase")
+    assert (case.get("name"), case.find("failure").text.splitlines()[0]) == (STATIC, f"{STATIC}: worse")
     assert words(worse) == {STATIC: "worse"}
     worse.stdout.fnmatch_lines(
         ["*size_bytes  worse: * (+1 bytes)", "*alone:    python -m qbench --config-dir * force=true"]
     )
     worse.stdout.no_fnmatch_line("*Traceback*")
-    updated = gate("-k", "ptsq", "--qbench-update=all")
-    assert updated.ret == 0
+    updated = gate("--lf", "--qbench-update=all")
+    updated.assert_outcomes(passed=1, deselected=1)
+    assert read(path).operations
     updated.stdout.fnmatch_lines(["accepted * size_bytes * -> * bytes*"])
     assert [entry["metrics"]["size_bytes"] for entry in read(path).history] == [
         json.loads(stored)["metrics"]["size_bytes"] - 1
@@ -165,7 +168,7 @@ def test_the_life_of_a_gate(project, gate):
     stale.stdout.fnmatch_lines(["*inputs  stale: its data changed since the baseline was taken*"])
 
     tamper(lambda content: content["machine"].update(cpu="another"))
-    foreign = gate("-k", "ptsq")
+    foreign = gate("-k", "ptsq", "-m", "qbench")
     assert (foreign.ret, words(foreign)) == (0, {STATIC: "foreign machine"})
     assert gate("-k", "ptsq", "--qbench-strict").ret == 1
 

@@ -325,6 +325,7 @@ def test_a_slow_down_is_placed_where_an_operation_lost_more_than_the_machine():
     assert place.slower(before, now) == "conv2 2 -> 3.2 ms"  # what conv1 lost is below a tenth of it all
     assert place.slower(before, {"conv1": 1.2, "conv2": 2.4}) == "conv2 2 -> 2.4 ms, conv1 1 -> 1.2 ms"
     assert place.slower(before, {"conv1": 1.2, "conv2": 2.4}, drift=1.2) == ""
+    assert place.slower(before, {"conv1": 1.0, "conv2": 2.0}, drift=0.8) == ""  # it is fp32 that moved
     assert place.slower({}, now) == ""
     slow = [math.log(2.0 / 1.12) + d for d in (-0.01, -0.005, 0.0, 0.005, 0.01)]
     sides = baseline(operations=before), baseline(speeds={"speedup": slow}, operations=now)

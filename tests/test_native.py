@@ -385,6 +385,23 @@ def test_empty_batches_and_single_pixels(method: str) -> None:
         assert_same(model, (x,), Recipe(method=method), (inputs,))
 
 
+@pytest.mark.parametrize("method", ["ptsq", "ptdq"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.ConvTranspose2d(4, 8, 3, stride=2, padding=1), (2, 4, 1, 1)),  # some phases have no pixel
+        (lambda: nn.ConvTranspose2d(4, 8, 3, stride=2, padding=1), (2, 4, 3, 1)),
+        (lambda: nn.ConvTranspose1d(4, 8, 3, stride=2, padding=1), (2, 4, 1)),
+        (lambda: nn.Conv2d(256, 160, 3, padding=1), (2, 256, 7, 7)),  # samples share the weight
+        (lambda: nn.Conv1d(64, 64, 9), (2, 64, 50)),
+    ],
+)
+def test_results_without_a_pixel(method: str, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    x = normal(*shape)
+    for inputs in (x[:0], x[:1], x):
+        assert_same(seeded(make), (x,), Recipe(method=method), (inputs,))
+
+
 @pytest.mark.parametrize("spread", [1e-30, 1e-6, 1e6, 1e30])
 def test_ranges_of_any_size(spread: float) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 4)))

@@ -41,9 +41,10 @@ class TransposedSums:
         by_group = x.unflatten(1, (self.groups, -1))
         for first in range(0, self.weight.shape[1], self.block):
             inputs = slice(first, first + self.block)
-            pixels = by_group[:, :, inputs].permute(1, 2, 0, 3, 4).reshape(self.groups, -1, n * h * w)
+            some = by_group[:, :, inputs]
+            pixels = some.permute(1, 2, 0, 3, 4).reshape(self.groups, some.shape[2], n * h * w)
             taps = self.weight[:, inputs].permute(0, 2, 3, 1).reshape(self.groups, -1, pixels.shape[1])
-            products = torch.bmm(taps, pixels).reshape(-1, *self.weight.shape[2:], n, h, w)
+            products = torch.bmm(taps, pixels).reshape(len(self.weight), *self.weight.shape[2:], n, h, w)
             sums = self._placed(products).transpose(0, 1)
             yield sums.squeeze(2) if self.flat else sums
 

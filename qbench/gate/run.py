@@ -284,12 +284,13 @@ def _outcome(
     limits, disturbed = for_cell(settings.limits, name), "disturbed" in record.notes
     wanted = settings.baselines and not beside
     said = verdict.judge(stored, now, limits, name, changes, levels, disturbed, beside, wanted)
-    slower = [v for v in said if v.word == verdict.WORSE and (name, v.metric) in changes]
+    slower = [v for v in said if v.word == verdict.WORSE and v.metric == "speedup"]  # operations are timed at batch 1
     if isinstance(now, Baseline):
         if slower or settings.update:
             now = dataclasses.replace(now, operations=side.operations(name))
         if slower and base is not None and isinstance(stored, Baseline):
-            stored = dataclasses.replace(stored, operations=base.operations(name))
+            with contextlib.suppress(UsageError):  # it only tells where to look
+                stored = dataclasses.replace(stored, operations=base.operations(name))
         if isinstance(stored, Baseline):
             said = [verdict.placed(v, stored, now) if v in slower else v for v in said]
         now.after(stored if isinstance(stored, Baseline) else None).write(work.folder / CANDIDATE)

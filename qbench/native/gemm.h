@@ -52,15 +52,16 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
 int64_t layer(const Weight& weight, const Finish& finish, const Window& window, const Rows& rows,
               const Operands& operands) {
   const Product p(weight, finish, window, rows, operands);
+  if (!p.total) return 0;
   const int64_t macs = p.total * weight.groups * weight.outputs * weight.depth;
   const int threads = threads_for(macs, WORTH_A_THREAD);
 #if defined(QB_VNNI)
-  if (PaddedImage::fits(p)) {
+  if (PaddedImage::fits(p) && operands.samples * window.out_height >= threads) {  // a work is a line, at least
     padded_layer(p, threads);
     return macs;
   }
 #endif
-  const int64_t panels = std::max<int64_t>(p.total > 0, p.total / PANEL);  // of PANEL rows or somewhat more
+  const int64_t panels = std::max<int64_t>(1, p.total / PANEL);  // of PANEL rows or somewhat more
   // Few rows: each thread takes some of the outputs of every panel.
   const int64_t bands = (p.tiles + WIDE - 1) / WIDE, parts = panels >= threads ? 1 : std::min<int64_t>(threads, bands);
 #pragma omp parallel num_threads(threads) if (threads > 1)
