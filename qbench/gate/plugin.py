@@ -137,7 +137,8 @@ class CellCollector(pytest.Collector):
 
     def collect(self) -> list[pytest.Item]:
         """One item a cell."""
-        return [CellItem.from_parent(self, name=name) for name in self.names]
+        # Named in full: pytest 9 would not know the brackets for parameters, and --lf reads names back with these.
+        return [CellItem.from_parent(self, name=name, nodeid=f"{self.nodeid}::{name}") for name in self.names]
 
 
 class CellItem(pytest.Item):
