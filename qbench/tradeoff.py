@@ -80,15 +80,27 @@ def _panel(ax: Axes, block: Block, look: _Look) -> None:
         ax.plot(x, y, marker, color=colour, markersize=8 if front else 6, markeredgecolor="black" if front else colour)
     _front(ax, block, factor)
     ax.axhline(0, color="black", linewidth=0.8)
-    drops = [abs(factor * compare.drop(record)) for record in cells]
+    points = [factor * compare.drop(record) for record in cells]
+    drops = [abs(y) for y in points]
     typical = sorted(drops)[len(drops) // 2] or max(drops)
     if max(drops) > 20 * typical:  # one collapse must not flatten all others
         ax.set_yscale("symlog", linthresh=2 * typical)
     ax.set_xlabel("file, MB")
     ax.locator_params(axis="x", nbins=5)
+    found = [ends for record in cells if (ends := compare.interval(record))]
+    _limits(ax, points, [(factor * low, factor * high) for low, high in found])
     unit = difference_unit(block.done[0])
     ax.set_ylabel(f"score drop{', ' * bool(unit)}{unit}; up is worse")
     ax.set_title(block.task + _fp32(block))
+
+
+def _limits(ax: Axes, points: Sequence[float], intervals: Sequence[tuple[float, float]]) -> None:
+    """Let an interval that is far wider than most run out of the panel, or it would flatten all others."""
+    widths = sorted(high - low for low, high in intervals)
+    kept = [pair for pair in intervals if pair[1] - pair[0] <= 10 * widths[len(widths) // 2]]
+    if len(kept) < len(intervals) and ax.get_yscale() == "linear":
+        low, high = (of([0.0, *points, *(pair[i] for pair in kept)]) for i, of in ((0, min), (1, max)))
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 def _front(ax: Axes, block: Block, factor: float) -> None:
