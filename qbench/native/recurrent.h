@@ -1,6 +1,6 @@
 // An LSTM layer in one direction: the products of x for some steps at once, then step by step those of h and the cell.
 //
-// Every other step goes through the weight of h backwards: it may just not fit into a cache, which then still holds the
+// In int8 every other step goes through the weight of h backwards: it may just not fit into a cache, which then still holds the
 // end that the last step left there.
 
 namespace {
@@ -149,8 +149,8 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
     macs += weight_only(r.weight_ih, scales_ih, r.finish_ih, x_window,
                         {x + first * n * inputs, nullptr, nullptr, gates, count * n});
     for (int64_t t = first; t < first + count; ++t) {
-      macs += ordered_weight_only(r.weight_hh, scales_hh, r.finish_hh, h_window,
-                                  {h, nullptr, gates + (t - first) * n * all, step, n}, t % 2);
+      macs += weight_only(r.weight_hh, scales_hh, r.finish_hh, h_window,
+                          {h, nullptr, gates + (t - first) * n * all, step, n});
       float* out = y + t * n * hidden;
 #pragma omp parallel num_threads(threads) if (threads > 1)
       Share().cells(n, hidden, [=](int64_t s, int64_t from, int64_t to) {

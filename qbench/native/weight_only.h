@@ -285,9 +285,9 @@ constexpr MultiplyPacked MULTIPLY_PACKED[FLOAT_TILES][FLOAT_ROWS] = QB_TILES_OF(
 #undef QB_ROWS_OF
 #undef QB_TILES_OF
 
-// Rows [first, first + count) of the product, tiles [from, to) of each group, these from the last one on if `backwards`.
+// Rows [first, first + count) of the product, tiles [from, to) of each group.
 void float_panel(const Product& p, const Pieced& list, const float* scales, int64_t first, int64_t count, int64_t from,
-                 int64_t to, bool backwards) {
+                 int64_t to) {
   static thread_local Scratch placed, summed, read;
   const Inputs inputs(p, first, count);
   int64_t* places = placed.of<int64_t>(count);
@@ -296,10 +296,8 @@ void float_panel(const Product& p, const Pieced& list, const float* scales, int6
   if (!inputs.at || !places || !t || !w) return;
   for (int64_t r = 0; r < count; ++r) places[r] = p.place_of(first + r);
   const int64_t turns = (count + FLOAT_ROWS - 1) / FLOAT_ROWS;
-  const int64_t bands = (to - from + FLOAT_TILES - 1) / FLOAT_TILES;
   for (int64_t group = 0; group < p.weight.groups; ++group)
-    for (int64_t band = 0; band < bands; ++band) {
-      const int64_t tile = from + (backwards ? bands - 1 - band : band) * FLOAT_TILES;
+    for (int64_t tile = from; tile < to; tile += FLOAT_TILES) {
       const int wide = int(std::min<int64_t>(FLOAT_TILES, to - tile));
       const Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, group, tile, wide, false, places);
       bool fresh = !p.finish.start && !p.operands.add && !list.chunks.empty();
@@ -338,9 +336,8 @@ void divided(const Product& p, int threads, int64_t& panels, int64_t& parts) {
   if (panels >= threads) panels = rounded_up(panels, threads);
 }
 
-// `backwards`: the tiles of the weight from the last one on.
-int64_t ordered_weight_only(const Weight& weight, const float* scales, const Finish& finish, const Window& window,
-                            const Operands& operands, bool backwards) {
+int64_t weight_only(const Weight& weight, const float* scales, const Finish& finish, const Window& window,
+                    const Operands& operands) {
   const Rows none{nullptr, nullptr, INT64_MAX};
   const Product p(weight, finish, window, none, operands);
   static thread_local Pieced made;
@@ -358,14 +355,9 @@ int64_t ordered_weight_only(const Weight& weight, const float* scales, const Fin
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = index * p.total / panels, last = (index + 1) * p.total / panels;
       float_panel(p, list, scales, first, last - first, part * bands / parts * FLOAT_TILES,
-                  std::min((part + 1) * bands / parts * FLOAT_TILES, p.tiles), backwards);
+                  std::min((part + 1) * bands / parts * FLOAT_TILES, p.tiles));
     }
   return macs;
-}
-
-int64_t weight_only(const Weight& weight, const float* scales, const Finish& finish, const Window& window,
-                    const Operands& operands) {
-  return ordered_weight_only(weight, scales, finish, window, operands, false);
 }
 
 int64_t weight_only_transposed(const Weight* weights, const float* scales, const Finish& finish, const Window* windows,
