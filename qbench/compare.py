@@ -12,10 +12,11 @@ from pathlib import Path
 
 from qbench import comparison, results
 from qbench.config import UsageError, one_line
-from qbench.gate import report, speed, verdict
+from qbench.gate import report, verdict
 from qbench.gate.baseline import Baseline, BaselineError
+from qbench.gate.judge import judge
+from qbench.gate.judge_speed import SpeedTest, corrected, speed_tests
 from qbench.gate.limits import Limit, for_cell, parse
-from qbench.gate.speed import SpeedChange
 from qbench.gate.verdict import Outcome, Verdict
 from qbench.record import Record
 from qbench.tracking import TrackingError, logged_records, logged_sweeps
@@ -52,17 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare(before: Sequence[Record], now: Sequence[Record], limits: Sequence[Limit] = ()) -> list[Outcome]:
     """Judge each cell of `now` by the one of the same task and recipe in `before`."""
     stored, found = _named(before), _named(now)
-    changes: dict[tuple[str, str], SpeedChange] = {}
+    tests: dict[tuple[str, str], SpeedTest] = {}
     for name in stored.keys() & found.keys():
         a, b = stored[name], found[name]
         if isinstance(a, Baseline) and isinstance(b, Baseline):
-            own = verdict.speed_changes(a, b, for_cell(limits, name))
-            changes |= {(name, metric): change for metric, change in own.items()}
-    levels = speed.holm({key: change.p for key, change in changes.items()})
+            own = speed_tests(a, b, for_cell(limits, name))
+            tests |= {(name, metric): test for metric, test in own.items()}
+    tests = corrected(tests)
     disturbed = {_name(record) for record in now if "disturbed" in record.notes}
     outcomes = []
     for name, side in found.items():
-        said = verdict.judge(stored.get(name), side, for_cell(limits, name), name, changes, levels, name in disturbed)
+        own = {metric: test for (cell, metric), test in tests.items() if cell == name}
+        said = judge(stored.get(name), side, for_cell(limits, name), own, name in disturbed)
         outcomes.append(Outcome(name, said, metrics=dict(side.metrics) if isinstance(side, Baseline) else {}))
     gone = [name for name in stored if name not in found]
     return outcomes + [Outcome(name, [Verdict("cell", verdict.ORPHAN, "not in the second set")]) for name in gone]

@@ -17,6 +17,7 @@ from user_project import ROOT, TEMPORARY, make, needs_engine, qbench
 
 from qbench import compare, workers
 from qbench.gate import session, speed  # noqa: F401
+from qbench.gate.base import committed
 from qbench.gate.baseline import read
 
 pytestmark = needs_engine
@@ -53,6 +54,17 @@ def test_within(qbench):
 @pytest.mark.qbench(size_bytes="<=10")
 def test_beyond(qbench):
     qbench.check("task=tiny", "measure=least", "method=ptsq")
+"""
+SLOWER = """
+from qbench import backends
+
+load = backends.native.load
+
+def slower(self, path, batch, threads):
+    model = load(self, path, batch, threads)
+    return lambda *inputs: (time.sleep(0.002), model(*inputs))[1]
+
+backends.native.load = slower
 """
 STATIC = "tiny[ptsq-per_channel-symmetric]"
 
@@ -253,6 +265,59 @@ def test_a_revision_is_measured_beside_the_working_tree(project, gate):
     other = gate("--qbench-base=HEAD", "-k", "ptsq")
     assert (other.ret, words(other)) == (1, {STATIC: "stale"})
     other.stdout.fnmatch_lines(["*inputs  stale: its data changed*"])
+
+
+@pytest.mark.slow
+def test_what_seems_slower_is_measured_beside_the_revision_of_its_baseline(project, gate):
+    """A baseline of faster days accuses nobody; a slow-down is found beside it, and by its name."""
+    (project / ".gitignore").write_text("results/*\n!results/baseline/\n__pycache__/\n")
+    git(project, "init", "--quiet")
+    assert gate("--qbench-update", "-k", "ptsq").ret == 0
+    path = project / "results" / "baseline" / f"{STATIC}.json"
+    content = json.loads(path.read_text())
+    content["speeds"] = {metric: [value + 3.0 for value in values] for metric, values in content["speeds"].items()}
+    path.write_text(json.dumps(content))
+    alone = gate("-k", "ptsq")
+    assert (alone.ret, words(alone)) == (1, {STATIC: "worse"})
+    git(project, "add", "-A")
+    git(project, "commit", "--quiet", "-m", "first")
+    revision = committed(path)
+    assert revision
+
+    faster_days = gate("-k", "ptsq", "--qbench-report=json")
+    assert faster_days.ret == 0, faster_days.outlines
+    (cell,) = json.loads((project / "results/gate.json").read_text())["cells"]
+    (said,) = [verdict["sentence"] for verdict in cell["verdicts"] if verdict["metric"] == "speedup"]
+    assert f"than {revision[:12]}, its baseline's revision, beside it" in said
+    assert not list(project.glob("results/base/*/tree"))
+
+    task = project / "mytask.py"
+    task.write_text(task.read_text() + SLOWER)
+    slower = gate("-k", "ptsq")
+    assert (slower.ret, words(slower)) == (1, {STATIC: "worse"})
+    slower.stdout.fnmatch_lines(
+        [f"*speedup* worse: * % slower than {revision[:12]}, its baseline's revision, beside it*"]
+    )
+
+    path.write_text(path.read_text() + "\n")
+    assert committed(path) is None
+
+
+def test_the_oldest_revision_of_a_shallow_clone_is_nobodys(tmp_path):
+    """It seems to have brought in every file: a baseline compared with it might be compared with itself."""
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    git(origin, "init", "--quiet")
+    for text in "first", "second":
+        (origin / "file").write_text(text)
+        git(origin, "add", "-A")
+        git(origin, "commit", "--quiet", "-m", text)
+    git(tmp_path, "clone", "--quiet", "--depth=1", origin.as_uri(), "shallow")
+    git(tmp_path, "clone", "--quiet", origin.as_uri(), "whole")
+    assert committed(tmp_path / "shallow" / "file") is None
+    assert committed(tmp_path / "whole" / "file")
+    assert committed(tmp_path / "whole" / "other") is None
+    assert committed(tmp_path / "elsewhere") is None
 
 
 @pytest.mark.parametrize(

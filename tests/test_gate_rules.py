@@ -15,6 +15,8 @@ from qbench import evidence, statistics
 from qbench.frechet import frechet_distance
 from qbench.gate import place, report, speed, verdict
 from qbench.gate.baseline import Baseline, BaselineError, file_name, read
+from qbench.gate.judge import absolute, judge
+from qbench.gate.judge_speed import corrected, placed, speed_tests
 from qbench.gate.limits import for_cell, parse
 from qbench.metrics import accuracy, bits_per_char, fidelity
 
@@ -52,11 +54,8 @@ def baseline(**changes: object) -> Baseline:
 def judged(before, now, *limits: str, **options: object) -> dict[str, verdict.Verdict]:
     """By metric, the verdicts of a run of this one cell."""
     own = for_cell([parse(text) for text in limits], NAME)
-    changes = {}
-    if isinstance(before, Baseline):
-        changes = {(NAME, metric): change for metric, change in verdict.speed_changes(before, now, own).items()}
-    levels = speed.holm({key: change.p for key, change in changes.items()})
-    said = verdict.judge(before, now, own, NAME, changes, levels, bool(options.get("disturbed")))
+    tests = corrected(speed_tests(before, now, own)) if isinstance(before, Baseline) else {}
+    said = judge(before, now, own, tests, bool(options.get("disturbed")))
     return {v.metric: v for v in said}
 
 
@@ -162,15 +161,32 @@ def test_evidence_that_cannot_be_compared_says_why(before, now, why):
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_change_is_welchs_two_sample_test():
+def test_the_change_is_the_two_sample_test_where_fp32_keeps_its_time():
     from scipy import stats
 
     before, now = [0.70, 0.68, 0.71, 0.69, 0.72], [0.60, 0.66, 0.63]
-    found = speed.change(before, now)
-    expected = stats.ttest_ind(before, now, equal_var=False)
+    found = speed.change(before, now, [0.5] * 5, [0.5] * 3)
+    expected = stats.ttest_ind(before, now)
     assert found.p == pytest.approx(expected.pvalue)
     ends = expected.confidence_interval()
     assert [found.estimate - found.reach(), found.estimate + found.reach()] == pytest.approx([ends.low, ends.high])
+
+
+def test_the_change_is_taken_at_equal_times_of_fp32():
+    """Least squares on side and time of fp32: the coefficient of the side, its error, the degrees of freedom."""
+    draw = np.random.default_rng(0)
+    times = [draw.normal(1.0, 0.1, 12), draw.normal(1.2, 0.1, 9)]
+    values = [0.5 + 0.6 * times[0] + draw.normal(0, 0.02, 12), 0.45 + 0.6 * times[1] + draw.normal(0, 0.02, 9)]
+    found = speed.change(*(list(map(float, side)) for side in (*values, *times)))
+    design = np.column_stack([np.ones(21), np.repeat([1.0, 0.0], [12, 9]), np.concatenate(times)])
+    answers, rest, *_ = np.linalg.lstsq(design, np.concatenate(values), rcond=None)
+    error = math.sqrt(rest[0] / 18 * np.linalg.inv(design.T @ design)[1, 1])
+    assert [found.estimate, found.error, found.df] == pytest.approx([answers[1], error, 18.0])
+    assert abs(found.estimate - 0.05) < 0.03 < abs(values[0].mean() - values[1].mean())
+    with pytest.raises(ValueError, match="two a side"):
+        speed.change([0.5], [0.5, 0.6], [1.0], [1.0, 1.0])
+    with pytest.raises(ValueError, match="zip"):
+        speed.change([0.5, 0.6], [0.5, 0.6], [1.0], [1.0, 1.0])
 
 
 def test_sides_in_turns_are_compared_in_pairs():
@@ -181,7 +197,8 @@ def test_sides_in_turns_are_compared_in_pairs():
     now = [value - change for value, change in zip(before, (0.04, 0.06, 0.05, 0.05), strict=True)]
     found = speed.paired_change(before, now)
     assert found.p == pytest.approx(stats.ttest_rel(before, now).pvalue)
-    assert (speed.verdict(found, 0.05), speed.verdict(speed.change(before, now), 0.05)) == ("worse", "inconclusive")
+    alone = speed.change(before, now, [0.0] * 4, [0.0] * 4)
+    assert (speed.verdict(found, 0.05), speed.verdict(alone, 0.05)) == ("worse", "inconclusive")
     with pytest.raises(ValueError, match="as many a side"):
         speed.paired_change(before, now[1:])
 
@@ -223,7 +240,7 @@ def test_unchanged_speed_is_seldom_called_changed():
     draw = random.Random(0).gauss
     alarms = 0
     for _ in range(400):
-        changes = {i: speed.change(*([draw(0, 0.03) for _ in range(5)] for _ in range(2))) for i in range(11)}
+        changes = {i: speed.change(*([draw(0, 0.03) for _ in range(5)] for _ in range(4))) for i in range(11)}
         levels = speed.holm({i: change.p for i, change in changes.items()})
         alarms += any(speed.verdict(changes[i], levels[i]) in ("worse", "better") for i in changes)
     assert alarms <= 32  # 5 % of 400 are 20; more than 32 have a chance of 0.3 %
@@ -329,7 +346,7 @@ def test_a_slow_down_is_placed_where_an_operation_lost_more_than_the_machine():
     assert place.slower({}, now) == ""
     slow = [math.log(2.0 / 1.12) + d for d in (-0.01, -0.005, 0.0, 0.005, 0.01)]
     sides = baseline(operations=before), baseline(speeds={"speedup": slow}, operations=now)
-    said = verdict.placed(judged(*sides)["speedup"], *sides)
+    said = placed(judged(*sides)["speedup"], *sides)
     assert said.word == "worse"
     assert said.sentence.endswith("; likely place: conv2 2 -> 3.2 ms")
 
@@ -368,10 +385,10 @@ def test_what_is_gone_is_missed():
 def test_an_absolute_limit_is_beyond_when_the_whole_interval_is():
     metrics = {**baseline().metrics, "speedup": 1.4, "speedup_ci_low": 1.3, "speedup_ci_high": 1.45}
     now = baseline(metrics=metrics)
-    assert verdict.absolute(now, for_cell([parse("speedup>=1.5")], NAME))[0].word == "beyond limit"
-    assert verdict.absolute(now, for_cell([parse("speedup>=1.42")], NAME))[0].word == "not significant"
-    assert verdict.absolute(now, for_cell([parse("size_bytes<=1000")], NAME))[0].word == "ok"
-    assert verdict.absolute(now, for_cell([parse("psnr_db>=20")], NAME))[0].word == "vanished metric"
+    assert absolute(now, for_cell([parse("speedup>=1.5")], NAME))[0].word == "beyond limit"
+    assert absolute(now, for_cell([parse("speedup>=1.42")], NAME))[0].word == "not significant"
+    assert absolute(now, for_cell([parse("size_bytes<=1000")], NAME))[0].word == "ok"
+    assert absolute(now, for_cell([parse("psnr_db>=20")], NAME))[0].word == "vanished metric"
 
 
 # --- baselines -------------------------------------------------------------------------------------------------------

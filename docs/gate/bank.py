@@ -29,7 +29,7 @@ from qbench.progress import Progress
 HERE = Path(__file__).resolve().parent
 LOOPS = (20, 21, 22, 40)  # calls in a loop: the ratio of two loops is that of their numbers
 LOOPED = "ptsq-per_channel-symmetric"
-LOOPS_EVERY = 4
+LOOPS_EVERY = 5
 LOOP_ROUNDS = 8
 BUSY = """
 import random, time

@@ -120,6 +120,19 @@ def commit(revision: str, root: Path) -> str:
     return _git(root, "rev-parse", "--verify", f"{revision}^{{commit}}")
 
 
+def committed(path: Path) -> str | None:
+    """The revision in which a file was last committed as it is now; None where git does not know that."""
+    try:
+        if _git(path.parent, "status", "--porcelain", "--", path.name):
+            return None
+        revision = _git(path.parent, "log", "-1", "--format=%H", "--", path.name)
+        # A shallow clone's oldest revision seems to have brought in every file.
+        shallow = path.parent / _git(path.parent, "rev-parse", "--git-path", "shallow")
+        return None if shallow.exists() and revision in shallow.read_text().split() else revision or None
+    except (UsageError, OSError):
+        return None
+
+
 def _side(content: Mapping[str, Any] | None) -> Baseline | BaselineError | None:
     if content is None:
         return None
@@ -179,7 +192,7 @@ def _build_engine(tree: Path) -> None:
 def _serve(asked: Mapping[str, Any]) -> None:
     """Answer requests until the input ends. Whatever is printed meanwhile goes to stderr."""
     from qbench import workers
-    from qbench.gate.run import Side
+    from qbench.gate.side import Side
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -102,6 +102,15 @@ class Baseline:
         """What of the machine is not that of another run."""
         return [key for key in MACHINE if self.machine.get(key) != now.machine.get(key)]
 
+    def since(self, first: int) -> Baseline:
+        """With the timing processes from number `first` on."""
+        milliseconds = {
+            metric: {who: values[first:] for who, values in sides.items()}
+            for metric, sides in self.milliseconds.items()
+        }
+        speeds = {metric: values[first:] for metric, values in self.speeds.items()}
+        return dataclasses.replace(self, speeds=speeds, milliseconds=milliseconds)
+
     def after(self, earlier: Baseline | None) -> Baseline:
         """This baseline in the place of an earlier one, whose telling metrics it keeps."""
         if earlier is None:

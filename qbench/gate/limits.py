@@ -9,7 +9,7 @@ it say for which cells; of several limits on one metric the last that matches co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qbench.metrics import declared
@@ -98,6 +98,11 @@ def for_cell(limits: Iterable[Limit], cell: str) -> dict[str, Limit]:
     Those on what a baseline allows are found by their metric; absolute ones, beside them, by metric and sign.
     """
     return {limit.key: limit for limit in limits if limit.covers(cell)}
+
+
+def off(limits: Mapping[str, Limit], metric: str) -> bool:
+    """Is a metric of a cell with these limits not gated?"""
+    return metric in limits and limits[metric].value is None
 
 
 def factor(metric: str, score: str) -> float:

@@ -18,7 +18,9 @@ from qbench.config import UsageError
 from qbench.gate import report
 from qbench.gate.base import BaseSide, commit, share_cache
 from qbench.gate.limits import parse
-from qbench.gate.run import Settings, Side, accept, orphans, run
+from qbench.gate.run import accept, orphans, run
+from qbench.gate.settings import Settings
+from qbench.gate.side import Side
 from qbench.gate.verdict import FAILED, LIMIT, Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -190,13 +192,14 @@ class GateSession:
         print(f"\nqbench: measuring {len(names)} cells{beside}", file=sys.stderr, flush=True)
         progress.begin("gate")
         share_cache(self._place, settings.results)
-        base = None
-        if revision:
-            where = self._root, overrides, self._config_dir, settings.results, settings.sweep
-            base = BaseSide(revision, *where)
+
+        def at(revision: str) -> BaseSide:
+            return BaseSide(revision, self._root, overrides, self._config_dir, settings.results, settings.sweep)
+
+        base = at(revision) if revision else None
         try:
             with results.claim(self._place):
-                outcomes = run(side, names, settings, base)
+                outcomes = run(side, names, settings, base, at)
         finally:
             if base is not None:
                 base.close()

@@ -1,8 +1,10 @@
 """Did a cell become slower? The sample is the fresh process; docs/gate/study.md tests these rules on recorded ones.
 
-A process' value is the natural log of its speed-up over fp32. The change is the difference of two means of such
-values, or the mean of their differences where two sides were measured in turns; positive is slower. Its interval is
-Welch's (1947), or Student's on the pairs; the tests of one run are corrected together (Holm 1979).
+A process' value is the natural log of its speed-up over fp32. Where two sides were measured in turns, the change is the
+mean of the differences of such values, with Student's interval. Else it is the difference of two means at equal times
+of fp32 (analysis of covariance, Fisher 1932): what slows a machine down slows fp32 and int8 by different shares, and
+that time tells in which state a process found the machine. Positive is slower. The tests of one run are corrected
+together (Holm 1979).
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from qbench.statistics import CONFIDENCE, LEVEL
 
 Name = TypeVar("Name")
 
-DELTA = math.log(1.02)  # the smallest change that matters, where both sides are measured in turns
-DRIFT = math.log(1.08)  # against a stored baseline: less than this a machine's speed changes by itself
+DELTA = math.log(1.02)  # the smallest change that matters, where it can be measured in turns
+DRIFT = math.log(1.08)  # against a stored baseline alone: less than this a machine's speed changes by itself
 LEAST = 5  # processes a side; a measurement may ask for more
 
 
@@ -49,15 +51,32 @@ class SpeedChange:
         return slower[0], slower[1], slower[2]
 
 
-def change(before: Sequence[float], now: Sequence[float]) -> SpeedChange:
-    """From the values of the processes of two runs. Raises ValueError for fewer than two processes on a side."""
+def change(
+    before: Sequence[float], now: Sequence[float], before_fp32: Sequence[float], now_fp32: Sequence[float]
+) -> SpeedChange:
+    """From the values of the processes of two runs and the logs of fp32's time there.
+
+    Both sides share the slope; where fp32 always took as long there is none. Raises ValueError for fewer than two
+    processes on a side, or a value without its time.
+    """
     if min(len(before), len(now)) < 2:
         raise ValueError(f"{len(before)} and {len(now)} processes: two a side at least")
-    parts = [statistics.variance(side) / len(side) for side in (before, now)]
-    total = sum(parts)
-    squares = sum(part**2 / (len(side) - 1) for part, side in zip(parts, (before, now), strict=True))
-    df = total**2 / squares if squares else float(len(before) + len(now) - 2)
-    return SpeedChange(statistics.mean(before) - statistics.mean(now), math.sqrt(total), df)
+    values = [_centred(before), _centred(now)]
+    times = [_centred(before_fp32), _centred(now_fp32)]
+    squares = sum(x * x for side in times for x in side)
+    products = sum(x * y for xs, ys in zip(times, values, strict=True) for x, y in zip(xs, ys, strict=True))
+    slope = products / squares if squares else 0.0
+    df = len(before) + len(now) - (3.0 if squares else 2.0)
+    rest = sum((y - slope * x) ** 2 for xs, ys in zip(times, values, strict=True) for x, y in zip(xs, ys, strict=True))
+    shift = statistics.mean(before_fp32) - statistics.mean(now_fp32)
+    share = 1.0 / len(before) + 1.0 / len(now) + (shift * shift / squares if squares else 0.0)
+    estimate = statistics.mean(before) - statistics.mean(now) - slope * shift
+    return SpeedChange(estimate, math.sqrt(rest / df * share), df)
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    mean = statistics.mean(values)
+    return [value - mean for value in values]
 
 
 def paired_change(before: Sequence[float], now: Sequence[float]) -> SpeedChange:

@@ -1,0 +1,160 @@
+"""How many timing processes a gate run takes, of which side, and what they say of each cell's speed.
+
+The rounds of the tasks take turns, so that what drifts on a machine reaches all of them. Sampling stops when the
+intervals are narrow, never because of what they say. What looks slower or faster is timed once more: in turns with the
+revision in which its baseline was committed, and judged on that; where git has none, as often again, and judged on all
+of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qbench import cell as cells_module
+from qbench.config import UsageError
+from qbench.gate import speed, verdict
+from qbench.gate.base import BaseSide, committed
+from qbench.gate.baseline import Baseline, BaselineError, file_name
+from qbench.gate.judge_speed import BASELINE, SpeedTest, corrected, speed_tests
+from qbench.gate.limits import for_cell
+from qbench.gate.settings import Settings
+from qbench.gate.side import Side
+
+MOVED = (verdict.WORSE, verdict.BETTER)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What the revision of a cell's baseline measured in turns with the cell's processes from `first` on."""
+
+    revision: str
+    first: int
+    found: Baseline
+
+
+class Sampling:
+    """The timing processes of a run, as many as the intervals need; with a base its own in turns with them.
+
+    `revisions` has the cells whose baseline is that of a revision, with which they can be measured in turns.
+    """
+
+    def __init__(
+        self,
+        side: Side,
+        stored: dict[str, Baseline | BaselineError | None],
+        settings: Settings,
+        base: BaseSide | None,
+        at: Callable[[str], BaseSide] | None,
+    ) -> None:
+        self.side, self.stored, self.settings, self.base, self.at = side, stored, settings, base, at
+        self.groups = side.groups()
+        self.least = max([speed.LEAST, *(cells_module.timed(work.cell).processes for work in side.works.values())])
+        self.confirmed: set[str] = set()  # cells that were measured a second time: only they can be worse or better
+        self.turns: dict[str, Turns] = {}
+        self.revisions: dict[str, str] = {}
+        if base is None and at is not None and not settings.update:
+            files = {name: settings.baseline / file_name(name) for name, b in stored.items() if isinstance(b, Baseline)}
+            self.revisions = {name: revision for name, path in files.items() if (revision := committed(path))}
+
+    def first(self) -> None:
+        """As many processes as the measurement asks for, LEAST at least; more while an interval is wide and time lasts.
+
+        Twice as many at most. Baselines, with which later runs are compared, rest on twice as many in any case.
+        """
+        started = time.monotonic()
+        goal = 2 * self.least if self.settings.update else self.least
+        for index in range(2 * self.least):
+            if index >= goal and (self._late(started) or not self._wide()):
+                break
+            for group in self.groups:
+                self._time(group, index, self.base)
+
+    def again(self) -> None:
+        """Measure once more what seems to have changed: in turns with its baseline's revision, where there is one.
+
+        Else as many processes again for the group of such a cell, and all is judged on both.
+        """
+        for revision, names in self._suspects().items():
+            self.side.say(f"{names[0]} seems to have changed its speed: measuring beside {revision[:12]}")
+            try:
+                self._in_turns(revision, names)
+            except UsageError as error:
+                self.side.say(str(error).removeprefix("--qbench-base: "))
+                for name in set(names) - self.confirmed:
+                    self.turns.pop(name, None)
+                    del self.revisions[name]
+        moved = {cell for (cell, _), test in self.judged().items() if cell not in self.revisions and test.word in MOVED}
+        for group in self.groups:
+            if names := [name for name in group if name in moved]:
+                self.confirmed |= set(group) - self.revisions.keys()
+                self.side.say(f"{names[0]} seems to have changed its speed: measuring once more")
+                done = len(self.side.works[names[0]].timings)
+                for index in range(done, 2 * done):
+                    self._time(group, index, self.base)
+
+    def judged(self) -> dict[tuple[str, str], SpeedTest]:
+        """By cell and metric the test of its speed, corrected over all of the run.
+
+        Measurements in turns with a baseline's revision are a sample of their own, with a correction of their own.
+        """
+        first: dict[tuple[str, str], SpeedTest] = {}
+        again: dict[tuple[str, str], SpeedTest] = {}
+        for name in (name for group in self.groups for name in group):
+            turns, now, paired, than = self.turns.get(name), self.side.baseline(name), self.base is not None, BASELINE
+            before = self.stored[name]
+            if turns is not None and isinstance(now, Baseline):
+                before, now, paired = turns.found, now.since(turns.first), True
+                than = f"{turns.revision[:12]}, its baseline's revision, beside it"
+            if isinstance(before, Baseline) and isinstance(now, Baseline):
+                limits = for_cell(self.settings.limits, name)
+                matters = speed.DELTA if paired or name in self.revisions else speed.DRIFT
+                tests = speed_tests(before, now, limits, paired=paired, matters=matters, than=than)
+                (first if turns is None else again).update({(name, m): test for m, test in tests.items()})
+        return corrected(first) | corrected(again)
+
+    def _suspects(self) -> dict[str, list[str]]:
+        """By revision, the cells whose speed seems to differ from its baseline's by more than what matters."""
+        moved = {key[0] for key, test in self.judged().items() if abs(test.change.estimate) > test.delta}
+        found: dict[str, list[str]] = {}
+        for name in (name for group in self.groups for name in group if name in moved and name in self.revisions):
+            found.setdefault(self.revisions[name], []).append(name)
+        return found
+
+    def _in_turns(self, revision: str, names: Sequence[str]) -> None:
+        """Processes of the cells in turns with those of a revision, as many as `first` takes. Raises UsageError."""
+        assert self.at is not None
+        with contextlib.closing(self.at(revision)) as base:
+            base.begin(names)
+            for group in [[name for name in group if name in names] for group in self.groups]:
+                begun, started = {name: len(self.side.works[name].timings) for name in group}, time.monotonic()
+                for index in range(2 * self.least if group else 0):
+                    if index >= self.least and (self._late(started) or not self._wide(group)):
+                        break
+                    self._time(group, index, base, begun[group[0]])
+                    for name, found in base.baselines(group).items():
+                        if not isinstance(found, Baseline):
+                            raise UsageError(f"{name}: revision {revision[:12]} has no such cell, or it fails there")
+                        self.turns[name] = Turns(revision, begun[name], found)
+                self.confirmed |= set(group)
+
+    def _time(self, group: list[str], index: int, base: BaseSide | None, begun: int = 0) -> None:
+        """One process of a group, `begun` others aside; the base's before or after it."""
+        self.side.say(f"timing {group[0].partition('[')[0]}, process {index + 1}")
+        if base is not None and index % 2:
+            base.time(group, index)
+        self.side.time(group, begun + index)
+        if base is not None and not index % 2:
+            base.time(group, index)
+        if self.base is not None:
+            self.stored |= self.base.baselines(group)
+
+    def _wide(self, names: Sequence[str] | None = None) -> bool:
+        tests = self.judged().items()
+        return any(speed.wide(test.change, test.delta) for key, test in tests if names is None or key[0] in names)
+
+    def _late(self, started: float) -> bool:
+        sides = 1 if self.base is None else 2
+        return time.monotonic() - started > sides * self.settings.time_limit_s
