@@ -3,9 +3,10 @@
     python docs/gate/bank.py quiet 200        # on a machine that does nothing else: about 40 minutes
     python docs/gate/bank.py loaded 200       # beside a process that keeps one core busy, on and off
 
-appends to docs/gate/bank-quiet.jsonl: one line a process and task, each cell's block medians in milliseconds by round.
-Every LOOPS_EVERY-th process also times LOOPS of calls of one cell a task: contestants whose ratios are known by
-construction. A run that was ended goes on where it was.
+appends to docs/gate/bank-quiet.jsonl: one line a process and task, the block medians of fp32 (`eager`) and each cell in
+milliseconds by round. Every LOOPS_EVERY-th process also times LOOPS of calls of one cell a task: contestants whose
+ratios are known by construction. The first line tells the machine, and how many processes fit into a run of the gate
+(`most`). A run that was ended goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from qbench import timing_lock, workers
+from qbench import identity, timing_lock, workers
 from qbench.cell import Work, answer, begin, time_once
 from qbench.compose import Composer
+from qbench.gate.settings import Settings
 from qbench.plan import identify, plan
 from qbench.preparation import prepare_tasks
 from qbench.progress import Progress
 
 HERE = Path(__file__).resolve().parent
+LEAST = 10  # processes of conf/measure/ci.yaml
 LOOPS = (20, 21, 22, 40)  # calls in a loop: the ratio of two loops is that of their numbers
 LOOPED = "ptsq-per_channel-symmetric"
 LOOPS_EVERY = 5
@@ -82,19 +86,41 @@ def works_of(results: Path) -> dict[str, list[Work]]:
 
 def collect(path: Path, count: int, works: dict[str, list[Work]], results: Path) -> None:
     """Append processes until the file has `count` of each task."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    have = 1 + max((json.loads(line)["process"] for line in lines), default=-1)
+    _, *lines = map(json.loads, path.read_text().splitlines() if path.exists() else ["{}"])
+    have = 1 + max((line["process"] for line in lines), default=-1)
     progress = Progress()
     for index in range(have, count):
         progress.begin(f"process {index + 1} of {count}")
+        started = time.monotonic()
+        found = {task: _process(cells, index, results, progress) for task, cells in works.items()}
+        if index == 0:
+            path.write_text(json.dumps(_head(time.monotonic() - started)) + "\n")
         for task, cells in works.items():
-            time_once(cells, index, results, progress.say)
-            found = {work.cell.name: work.timings.pop()["batches"]["1"]["medians_ms"] for work in cells}
-            line: dict[str, Any] = {"process": index, "task": task, "cells": found}
+            line: dict[str, Any] = {"process": index, "task": task, "ms": found[task]}
             if index % LOOPS_EVERY == 0:
                 line["loops"] = _loops(next(w for w in cells if w.cell.name.endswith(f"[{LOOPED}]")), index, progress)
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _head(seconds: float) -> dict[str, Any]:
+    """The machine, and how many processes of every cell fit into a run, of which one takes `seconds`."""
+    known = identity.environment()
+    most = min(2 * LEAST, int(Settings(Path(), Path(), "").time_limit_s / seconds))
+    return {**{key: known.get(key) for key in ("cpu", "torch", "threads", "kernel_path")}, "most": most}
+
+
+def _process(cells: list[Work], index: int, results: Path, progress: Progress) -> dict[str, list[float]]:
+    time_once(cells, index, results, progress.say)
+    found: dict[str, list[float]] = {}
+    for work in cells:
+        medians = work.timings.pop()["batches"]["1"]["medians_ms"]
+        found |= {"eager": _rounded(medians["eager"]), work.cell.name: _rounded(medians["cell"])}
+    return found
+
+
+def _rounded(ms: list[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in ms]
 
 
 def _loops(work: Work, index: int, progress: Progress) -> dict[str, list[float]]:
@@ -107,8 +133,7 @@ def _loops(work: Work, index: int, progress: Progress) -> dict[str, list[float]]
     }
     with timing_lock.machine(alone=True, say=progress.say):
         times = workers.run("bank:time_loops", arguments, log=work.folder / "loops.txt", say=progress.say)
-    medians: dict[str, list[float]] = times["medians_ms"]
-    return medians
+    return {name: _rounded(ms) for name, ms in times["medians_ms"].items()}
 
 
 def main() -> None:

@@ -1,170 +1,317 @@
-"""Replay gate runs from the sample bank with the shipped rules: false alarms, what is found, what intervals cover.
+"""Replay gate runs from the sample banks with the shipped rules: false alarms, what is found, what intervals cover.
 
     python docs/gate/study.py
 
-reads docs/gate/bank-*.jsonl (made by bank.py) and writes docs/gate/study.md.
+reads docs/gate/bank-*.jsonl (made by bank.py) and writes docs/gate/study.md and docs/gate/study.png: about ten minutes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from qbench.gate import speed
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from qbench import evidence
+from qbench.gate import baseline, judge, speed
+from qbench.gate.speed import SpeedChange
+from qbench.statistics import clopper_pearson
 
 HERE = Path(__file__).resolve().parent
 LEAST = 10  # processes of conf/measure/ci.yaml
-MOST = 13  # of them fit into the time limit of a run on the machine of the bank
 LOOPS = ("20", "21", "22", "40")
 LOOPED = 10  # processes a side in an interval of a known ratio
 RUNS = 2000
 INTERVALS = 2000
+SLOWER = (5, 10)  # percent, of the table
+EXAMPLES, DISCORDANT = 10_000, 150  # of a score: 1.5 % of its decisions differ
+CURVE = (2, 3, 4, 5, 6, 8, 10, 12, 15)  # percent, of the figure
+CURVE_RUNS = 440
+REVISION, ALONE, BESIDE = "stored baseline, in git", "stored baseline alone", "--qbench-base"
+MODES = (REVISION, ALONE, BESIDE)
+MOVED = ("worse", "better")
+FIGURE = "study.png"
+HEAD = """| | runs with a false alarm | 5 % slower, found | 10 % slower, found | cells inconclusive | measured twice |
+|---|---|---|---|---|---|"""
+SPREADS = """| cell | processes | spread | from stretches | at equal times of fp32 |
+|---|---|---|---|---|"""
 TEXT = """# How far the gate can be trusted
 
-Gate runs replayed from a bank of recorded timing processes (`bank-*.jsonl`, made by `bank.py`; this page is made by
-`study.py`), with the shipped rules of `qbench/gate/speed.py` and the measurement of `conf/measure/ci.yaml`: {least} to
-{most} processes a cell (what fits into the time limit), a baseline of {twice}, as many again where something seems to
-have moved. {runs} runs of the whole sweep in each row; baseline, run and second measurement are stretches of processes
-that followed each other, none used twice in a run. A slow-down is the logarithm added to one cell; that ratios come out
-as they should is tested with loops of 20, 21, 22 and 40 calls of one object.
+Gate runs replayed from banks of recorded timing processes (`bank-*.jsonl`, made by `bank.py`; this page is made by
+`study.py`), with the shipped rules of `qbench/gate/speed.py` and the measurement of `conf/measure/ci.yaml`: {least}
+processes a cell, more while an interval is wide and the time limit allows it; a baseline of {twice}; {least} to {twice}
+pairs in turns. {runs} runs of the whole sweep in each number; baseline, run and second measurement are stretches of
+processes that followed each other, none used twice in a run. A slow-down is the logarithm added to one cell (each as
+often as the others); that ratios come out as they should is tested with loops of 20, 21, 22 and 40 calls of one object.
 
-Against a stored baseline a change counts from 8 % on, beside a base, measured in turns, from 2 %: the machine's own
-speed, and with it the ratio of float to int8, drifts by several percent within an hour (second table), and with 2 %
-43 of 100 runs against a stored baseline were false alarms.
+- **{revision}**: `pytest --qbench` where the baseline was committed. A cell that seems to differ by more than 2 % is
+  measured once more, in turns with the revision of its baseline, and judged on that alone.
+- **{alone}**: the same where git does not know the baseline. What moved is measured as often again, and 8 % count: a
+  machine's own speed, and with it the ratio of float to int8, drifts by several percent within an hour.
+- **{beside}**: everything in turns from the start, 2 % count.
 
-Two limits: the runs draw on the same processes again and again, so the shares are less certain than {runs} independent
-runs would make them; and baseline and run come from one session on one machine, so that what shifts from day to day is
-not in them.
+![Share of slow-downs found]({figure})
 
-| | |
-|---|---|
-{rows}
+{tables}
 
 How much a process' value (the log of fp32's time over the cell's, median of its rounds) differs from process to
-process: standard deviation, and the same from the means of stretches of {least}, larger where a machine drifts.
+process: standard deviation; the same from the means of stretches of {least}, larger where a machine drifts; and that
+at equal times of fp32, at which `speed.change` compares.
 
-| machine | cell | processes | spread | from stretches |
-|---|---|---|---|---|
 {spreads}
+
+A score is judged by its metric's paired test and by what matters (0.3 points of accuracy). Of {runs} networks that lose
+0.45 to 0.55 points on 10,000 examples, where 150 are decided otherwise, {lost:.1f} % are called worse; of as many that
+decide 150 otherwise by chance alone, {even:.1f} % are called worse or better.
+
+Two limits: the runs draw on the same processes again and again, so the shares are less certain than {runs} independent
+runs would make them (the bounds take them for independent); and baseline and run come from one session on one machine,
+so that what shifts from day to day is not in them.
 """
-Values = dict[str, list[float]]  # by cell, the log speed-up of each process
+Measure = Callable[[str, int], SpeedChange]  # of a cell, from so many processes
+Loops = dict[str, list[float]]
 
 
-def cells(path: Path) -> Values:
-    """The value of each process and cell: the median over rounds of log(fp32 / cell)."""
-    found: Values = {}
-    for line in map(json.loads, path.read_text().splitlines()):
-        for name, ms in line["cells"].items():
-            found.setdefault(name, []).append(_value(ms["eager"], ms["cell"]))
-    whole = min(map(len, found.values()))
-    return {name: values[:whole] for name, values in found.items()}
+@dataclass(frozen=True)
+class Bank:
+    """By cell, of each process the value (log speed-up) and the log of fp32's time; `loops` are those of known ratio.
 
-
-def loops(path: Path) -> dict[str, dict[str, list[float]]]:
-    """By task and number of calls, the values of the loops of known ratio."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for line in map(json.loads, path.read_text().splitlines()):
-        ms = line.get("loops", {})
-        for count in (name for name in ms if name != "eager"):
-            found.setdefault(line["task"], {}).setdefault(count, []).append(_value(ms["eager"], ms[count]))
-    return found
-
-
-def _value(fp32: Sequence[float], cell: Sequence[float]) -> float:
-    return statistics.median(math.log(a / b) for a, b in zip(fp32, cell, strict=True))
-
-
-def gate_run(values: Values, slower: Mapping[str, float], draw: random.Random, beside: bool) -> dict[str, str]:
-    """One run of the gate: a baseline, a run and, where it asks for one, a second measurement, from other processes.
-
-    Each is a stretch of processes that followed each other; `beside` takes base and head from one stretch, in turns.
-    `slower` has the log by which a cell is slowed down.
+    `most` processes fit into the time limit of a run.
     """
-    size = len(next(iter(values.values())))
-    if beside:
-        first = draw.randrange(size - 4 * MOST + 1)
-        turns = [(first + 2 * i + i % 2, first + 2 * i + 1 - i % 2) for i in range(2 * MOST)]
-        sides = [base for base, _ in turns], [head for _, head in turns]
-    else:
-        while True:
-            base, own = draw.randrange(size - 2 * LEAST + 1), draw.randrange(size - 2 * MOST + 1)
-            if base + 2 * LEAST <= own or own + 2 * MOST <= base:
-                break
-        sides = list(range(base, base + 2 * LEAST)), list(range(own, own + 2 * MOST))
-    before = {name: [all_[i] for i in sides[0]] for name, all_ in values.items()}
-    now = {name: [all_[i] - slower.get(name, 0.0) for i in sides[1]] for name, all_ in values.items()}
-    delta = speed.DELTA if beside else speed.DRIFT
 
-    def changes(count: int) -> dict[str, speed.SpeedChange]:
-        if beside:
-            return {name: speed.paired_change(before[name][:count], now[name][:count]) for name in values}
-        return {name: speed.change(before[name], now[name][:count]) for name in values}
+    values: dict[str, list[float]]
+    fp32: dict[str, list[float]]
+    loops: list[tuple[Loops, Loops]]  # of each task: by number of calls, values and times as above
+    most: int
 
+    @property
+    def size(self) -> int:
+        """Processes of each cell."""
+        return len(next(iter(self.values.values())))
+
+
+def read(path: Path) -> Bank:
+    """A bank, cut to the processes that all tasks have."""
+    head, *lines = map(json.loads, path.read_text().splitlines())
+    cells = _logs([line["ms"] for line in lines])
+    whole = min(map(len, cells[0].values()))
+    values, fp32 = ({name: side[:whole] for name, side in sides.items()} for sides in cells)
+    tasks = dict.fromkeys(line["task"] for line in lines)
+    loops = [_logs([line["loops"] for line in lines if line["task"] == task and "loops" in line]) for task in tasks]
+    return Bank(values, fp32, loops, head["most"])
+
+
+def _logs(processes: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Loops, Loops]:
+    values: Loops = {}
+    times: Loops = {}
+    for ms in processes:
+        for name in (name for name in ms if name != "eager"):
+            ratios = [math.log(a / b) for a, b in zip(ms["eager"], ms[name], strict=True)]
+            values.setdefault(name, []).append(statistics.median(ratios))
+            times.setdefault(name, []).append(math.log(statistics.median(ms["eager"])))
+    return values, times
+
+
+class Run:
+    """One run of the gate, replayed: which processes are the baseline's, the run's, the second measurement's."""
+
+    def __init__(self, bank: Bank, slower: Mapping[str, float], draw: random.Random) -> None:
+        """`slower` has the log by which a cell of the run is slowed down."""
+        self.bank, self.slower, self.names = bank, slower, list(bank.values)
+        self.baseline, self.own, self.again = _stretches(bank.size, (2 * LEAST, 2 * bank.most, 4 * LEAST), draw)
+
+    def stored(self, name: str, count: int) -> SpeedChange:
+        """Against the baseline, from so many processes."""
+        values, times = self.bank.values[name], self.bank.fp32[name]
+        base, own = range(self.baseline, self.baseline + 2 * LEAST), range(self.own, self.own + count)
+        now = [values[i] - self.slower.get(name, 0.0) for i in own]
+        return speed.change([values[i] for i in base], now, [times[i] for i in base], [times[i] for i in own])
+
+    def in_turns(self, name: str, count: int) -> SpeedChange:
+        """From so many pairs; every second one the other way round."""
+        values, first = self.bank.values[name], self.again
+        base = [values[first + 2 * i + i % 2] for i in range(count)]
+        head = [values[first + 2 * i + 1 - i % 2] - self.slower.get(name, 0.0) for i in range(count)]
+        return speed.paired_change(base, head)
+
+    def words(self, mode: str) -> tuple[dict[str, str], int]:
+        """The verdict of each cell, and how many were measured a second time."""
+        if mode == BESIDE:  # what moved is measured once more there too; the bank has no room for that
+            return _judged(_until(self.names, self.in_turns, 2 * LEAST, speed.DELTA)[0], speed.DELTA), 0
+        delta = speed.DELTA if mode == REVISION else speed.DRIFT
+        found, count = _until(self.names, self.stored, self.bank.most, delta)
+        if mode == REVISION:
+            suspects = [name for name in self.names if abs(found[name].estimate) > delta]
+            again = {name: _until([name], self.in_turns, 2 * LEAST, delta)[0][name] for name in suspects}
+            quiet = {name: "inconclusive" if speed.wide(found[name], delta) else "ok" for name in self.names}
+            return quiet | _judged(again, delta), len(suspects)
+        tasks = {_task(name) for name, word in _judged(found, delta).items() if word in MOVED}
+        moved = [name for name in self.names if _task(name) in tasks]
+        words = _judged(found | {name: self.stored(name, 2 * count) for name in moved}, delta)
+        return {name: word if name in moved or word not in MOVED else "ok" for name, word in words.items()}, len(moved)
+
+
+def _until(names: Sequence[str], measure: Measure, most: int, delta: float) -> tuple[dict[str, SpeedChange], int]:
+    """As many as it takes until no interval is wide, LEAST at least; and how many that are."""
     count = LEAST
-    while count < MOST and any(speed.wide(change, delta) for change in changes(count).values()):
+    while True:
+        found = {name: measure(name, count) for name in names}
+        if count >= most or not any(speed.wide(change, delta) for change in found.values()):
+            return found, count
         count += 1
-    found = changes(count)
+
+
+def _judged(found: Mapping[str, SpeedChange], delta: float) -> dict[str, str]:
     levels = speed.holm({name: change.p for name, change in found.items()})
-    moved = {n.partition("[")[0] for n in found if speed.verdict(found[n], levels[n], delta) in ("worse", "better")}
-    twice = changes(2 * count)
-    final = {name: twice[name] if name.partition("[")[0] in moved else found[name] for name in found}
-    levels = speed.holm({name: change.p for name, change in final.items()})
-    confirmed = {name: levels[name] if name.partition("[")[0] in moved else 0.0 for name in final}
-    return {name: speed.verdict(change, confirmed[name], delta) for name, change in final.items()}
+    return {name: speed.verdict(change, levels[name], delta) for name, change in found.items()}
 
 
-def share(count: int, total: int) -> str:
-    """`0.4 %`."""
-    return f"{100 * count / total:.1f} %"
+def _task(name: str) -> str:
+    return name.partition("[")[0]
 
 
-def lines_of(state: str, values: Values, known: dict[str, dict[str, list[float]]]) -> list[str]:
+def _stretches(size: int, lengths: Sequence[int], draw: random.Random) -> list[int]:
+    """Where stretches of these lengths begin that do not overlap, in random order and places."""
+    gaps = sorted(draw.randrange(size - sum(lengths) + 1) for _ in lengths)
+    begins, used = [0] * len(lengths), 0
+    for gap, index in zip(gaps, draw.sample(range(len(lengths)), len(lengths)), strict=True):
+        begins[index] = gap + used
+        used += lengths[index]
+    return begins
+
+
+def found(bank: Bank, mode: str, percent: int, runs: int, draw: random.Random) -> float:
+    """The share of runs that call a cell worse which is so many percent slower; each cell as often as the others."""
+    names, hits = list(bank.values), 0
+    for index in range(runs):
+        cell = names[index % len(names)]
+        hits += Run(bank, {cell: math.log1p(percent / 100)}, draw).words(mode)[0][cell] == "worse"
+    return hits / runs
+
+
+def table(bank: Bank) -> list[str]:
     """The rows of one bank."""
-    draw, names, lines = random.Random(0), list(values), []
-    for beside, how in (False, "stored baseline"), (True, "base in turns"):
-        alarms = doubtful = 0
+    draw, rows = random.Random(0), []
+    for mode in MODES:
+        alarms = doubtful = again = again_in = 0
         for _ in range(RUNS):
-            words = gate_run(values, {}, draw, beside).values()
-            alarms += any(word in ("worse", "better") for word in words)
-            doubtful += sum(word == "inconclusive" for word in words)
-        lines.append(f"| {state}, {how}: runs of the whole sweep with a false alarm | {share(alarms, RUNS)} |")
-        lines.append(f"| {state}, {how}: cells that stay inconclusive | {share(doubtful, RUNS * len(names))} |")
-        for percent in (5, 10, 15):
-            hits = 0
-            for index in range(RUNS):
-                cell = names[index % len(names)]
-                hits += gate_run(values, {cell: math.log1p(percent / 100)}, draw, beside)[cell] == "worse"
-            lines.append(f"| {state}, {how}: one cell {percent} % slower, found | {share(hits, RUNS)} |")
-    covered = total = 0
-    for by_count in known.values():
-        for count, timed in by_count.items():
-            for _ in range(INTERVALS // (len(LOOPS) * len(known))):
-                picks = draw.sample(range(len(timed)), 2 * LOOPED)
-                change = speed.change([by_count["20"][i] for i in picks[:LOOPED]], [timed[i] for i in picks[LOOPED:]])
+            words, twice = Run(bank, {}, draw).words(mode)
+            alarms += any(word in MOVED for word in words.values())
+            doubtful += sum(word == "inconclusive" for word in words.values())
+            again, again_in = again + twice, again_in + bool(twice)
+        worst = 100 * clopper_pearson(alarms, RUNS)[1]
+        cells = [
+            f"{100 * alarms / RUNS:.2f} % (at most {worst:.2f} %)",
+            *(f"{100 * found(bank, mode, percent, RUNS, draw):.1f} %" for percent in SLOWER),
+            f"{100 * doubtful / RUNS / len(bank.values):.1f} %",
+            "" if mode == BESIDE else f"{100 * again_in / RUNS:.0f} % of runs, {again / RUNS:.1f} cells a run",
+        ]
+        rows.append(f"| {mode} | {' | '.join(cells)} |")
+    return rows
+
+
+def coverage(bank: Bank) -> tuple[float, int]:
+    """The share of 95 % intervals that hold the ratio of two loops which their calls tell, and how many there were."""
+    draw, covered, total = random.Random(0), 0, 0
+    for values, times in bank.loops:
+        for count in LOOPS:
+            for _ in range(INTERVALS // (len(LOOPS) * len(bank.loops))):
+                picks = draw.sample(range(len(values[count])), 2 * LOOPED)
+                one, other = picks[:LOOPED], picks[LOOPED:]
+                sides = [[values["20"][i] for i in one], [values[count][i] for i in other]]
+                change = speed.change(*sides, [times["20"][i] for i in one], [times[count][i] for i in other])
                 covered += abs(change.estimate - math.log(int(count) / 20)) <= change.reach()
                 total += 1
-    return [*lines, f"| {state}: 95 % intervals that hold the known ratio | {share(covered, total)} |"]
+    return covered / total, total
+
+
+def losses(net: int, runs: int, draw: random.Random) -> float:
+    """The share of runs in which a score is called worse, or better, that lost about so many of EXAMPLES decisions.
+
+    `net` +- 5 more are lost than gained; DISCORDANT in all, which by chance of `net` 0.
+    """
+    stored = baseline.read(next((HERE.parents[1] / "results" / "baseline").glob("ci_mobilenet*ptsq*.json")))
+    right = np.ones(EXAMPLES, dtype=bool)
+    right[: EXAMPLES // 10] = False
+    called = 0
+    for _ in range(runs):
+        lost = (
+            (DISCORDANT + net + draw.randint(-5, 5)) // 2
+            if net
+            else sum(draw.getrandbits(1) for _ in range(DISCORDANT))
+        )
+        now = right.copy()
+        now[EXAMPLES // 10 : EXAMPLES // 10 + lost] = False
+        now[: DISCORDANT - lost] = True
+        sides = [
+            dataclasses.replace(
+                stored,
+                evidence=evidence.hits(hit, np.arange(EXAMPLES)),
+                metrics={**stored.metrics, "score": float(hit.mean())},
+            )
+            for hit in (right, now)
+        ]
+        called += next(v.word for v in judge.exact(*sides, {}) if v.metric == "score") in MOVED
+    return called / runs
+
+
+def spread(bank: Bank, name: str) -> str:
+    """A cell's row of the table of spreads."""
+    values, times = bank.values[name], bank.fp32[name]
+    slope = statistics.linear_regression(times, values).slope
+    level = [value - slope * time for value, time in zip(values, times, strict=True)]
+
+    def of_stretches(side: Sequence[float]) -> float:
+        means = [statistics.mean(side[i : i + LEAST]) for i in range(0, len(side) - LEAST + 1, LEAST)]
+        return 100 * statistics.stdev(means) * math.sqrt(LEAST)
+
+    numbers = 100 * statistics.stdev(values), of_stretches(values), of_stretches(level)
+    return f"| `{name}` | {len(values)} | {' | '.join(f'{number:.1f} %' for number in numbers)} |"
+
+
+def draw_curves(banks: Mapping[str, Bank]) -> None:
+    """study.png: what share of slow-downs each mode finds."""
+    figure, panels = plt.subplots(1, len(banks), figsize=(4.5 * len(banks), 3.6), sharey=True, squeeze=False)
+    for panel, (state, bank) in zip(panels[0], banks.items(), strict=True):
+        for mode, marker in zip(MODES, "os^", strict=True):
+            shares = [100 * found(bank, mode, percent, CURVE_RUNS, random.Random(1)) for percent in CURVE]
+            panel.plot(CURVE, shares, marker=marker, markersize=4, label=mode)
+        panel.set(title=state, xlabel="one cell slower by (%)", ylim=(-3, 103))
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("runs that find it (%)")
+    panels[0][-1].legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(HERE / FIGURE, dpi=120)
 
 
 def main() -> None:
-    """Write study.md."""
-    rows, spreads = [], []
-    for path in sorted(HERE.glob("bank-*.jsonl")):
-        state, values = path.stem.partition("-")[2], cells(path)
-        rows += lines_of(state, values, loops(path))
-        for name, all_ in values.items():
-            means = [statistics.mean(all_[i : i + LEAST]) for i in range(0, len(all_) - LEAST + 1, LEAST)]
-            stretch = 100 * statistics.stdev(means) * math.sqrt(LEAST)
-            spreads.append(
-                f"| {state} | `{name}` | {len(all_)} | {100 * statistics.stdev(all_):.1f} % | {stretch:.1f} % |"
-            )
+    """Write study.md and study.png."""
+    banks = {path.stem.partition("-")[2]: read(path) for path in sorted(HERE.glob("bank-*.jsonl"), reverse=True)}
+    draw_curves(banks)
+    tables, spreads = [], []
+    for state, bank in banks.items():
+        share, total = coverage(bank)
+        rows = "\n".join(table(bank))
+        tables.append(
+            f"**{state}**: {bank.size} processes a cell, at most {bank.most} in a run; of {total} intervals of 95 % "
+            f"{100 * share:.1f} % hold the known ratio\n\n{HEAD}\n{rows}"
+        )
+        spreads.append(f"**{state}**\n\n{SPREADS}\n" + "\n".join(spread(bank, name) for name in bank.values))
     text = TEXT.format(
-        runs=RUNS, least=LEAST, most=MOST, twice=2 * LEAST, rows="\n".join(rows), spreads="\n".join(spreads)
-    )
+        runs=RUNS, least=LEAST, twice=2 * LEAST, revision=REVISION, alone=ALONE, beside=BESIDE, figure=FIGURE,
+        lost=100 * losses(50, RUNS, random.Random(0)), even=100 * losses(0, RUNS, random.Random(0)),
+        tables="\n\n".join(tables), spreads="\n\n".join(spreads),
+    )  # fmt: skip
     (HERE / "study.md").write_text(text)
     print(text)
 
