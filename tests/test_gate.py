@@ -66,6 +66,60 @@ def slower(self, path, batch, threads):
 
 backends.native.load = slower
 """
+# What a commit may do to a cell: the word, the line that says it, and code that does it in every process.
+BROKEN = [
+    (
+        "changed",
+        "*checksum  changed: 1 of * tensors changed, first head.weight, the outputs changed*",
+        """
+from qbench import numerics
+quantize = numerics.quantize
+
+def one_weight_byte(x, *rest):
+    codes = quantize(x, *rest)
+    if x.dim() == 2:
+        codes[0, 0] -= codes[0, 0].sign()
+    return codes
+
+numerics.quantize = one_weight_byte
+""",
+    ),
+    (
+        "changed",
+        "*checksum  changed: * tensors changed, first *",
+        """
+from qbench import numerics
+saturate_ = numerics.saturate_
+numerics.saturate_ = lambda v, *rest: saturate_(v.trunc_(), *rest)
+""",
+    ),
+    (
+        "changed",
+        "*checksum  changed: * tensors changed, first *",
+        """
+from qbench import granularities
+granularities.per_channel.channels_share = True
+""",
+    ),
+    (
+        "worse",
+        "*int8_mac_fraction  worse: 100.00 % -> *; now in float: linear*",
+        """
+import dataclasses
+from qbench import evaluate
+recipe_from = evaluate.recipe_from
+evaluate.recipe_from = lambda config: dataclasses.replace(recipe_from(config), keep_float=("head",))
+""",
+    ),
+    (
+        "vanished metric",
+        "*peak_memory_bytes  vanished metric: the baseline has peak_memory_bytes, this run has not",
+        """
+from qbench import measure
+measure.memory_of = lambda *arguments: None
+""",
+    ),
+]
 STATIC = "tiny[ptsq-per_channel-symmetric]"
 
 
@@ -301,6 +355,22 @@ def test_what_seems_slower_is_measured_beside_the_revision_of_its_baseline(proje
 
     path.write_text(path.read_text() + "\n")
     assert committed(path) is None
+
+
+@pytest.mark.slow
+def test_what_a_commit_breaks_is_found_and_named(project, gate):
+    """A weight byte, truncating rounding, an ignored option, a layer back in float, a metric that is gone."""
+    assert gate("--qbench-update", "-k", "ptsq").ret == 0
+    task = project / "mytask.py"
+    whole = task.read_text()
+    for word, line, code in BROKEN:
+        task.write_text(whole + code)
+        found = gate("-k", "ptsq")
+        assert (found.ret, words(found)) == (1, {STATIC: word}), found.outlines
+        found.stdout.fnmatch_lines([line])
+    task.write_text(whole)
+    again = gate("-k", "ptsq")
+    assert again.ret == 0, again.outlines
 
 
 def test_the_oldest_revision_of_a_shallow_clone_is_nobodys(tmp_path):
