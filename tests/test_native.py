@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qbench
-from qbench.backends import native, native_plan, native_writer
+from qbench.backends import native, native_apart, native_plan, native_writer
 from qbench.capture import capture
 from qbench.metrics import sqnr_db
 from qbench.model import QuantizedModel
@@ -96,7 +96,7 @@ def engines() -> dict[str, ctypes.CDLL]:
 def running(engine: ctypes.CDLL) -> Iterator[None]:
     """Within, the native backend is this library."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (library, native_plan, native_writer):
+        for module in (library, native_apart, native_plan, native_writer):
             patch.setattr(module, "loaded_library", lambda: engine)
         yield
 
@@ -574,10 +574,88 @@ def test_a_plan_overwrites_what_nothing_needs_afterwards(monkeypatch: pytest.Mon
     monkeypatch.setattr(native_plan, "_place", lambda buffers: placed.append(buffers) or place(buffers))
     q = quantize_network(capture(seeded(BetweenLayers), (x,)), Recipe(method="ptdq"), None, "native")
     lowered = lower_graph(q.program, native(), q.macs)
-    got = native_plan.Plan(lowered, [x], q.macs).run([x], q.macs)
+    got = native_plan.Plan(native_plan.Recording(lowered, [x], q.macs)).run([x], q.macs)
     assert got is not None
     assert torch.equal(got[0], lowered(x)[0])
     assert sum(buffer.over is not None for buffer in placed[0]) == 1  # of gelu, over the sum; not the sum over y
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that went through a program sample by sample."""
+    sizes: list[int] = []
+    run = native_apart.Apart.run
+    monkeypatch.setattr(native_apart.Apart, "run", lambda self, x, macs: sizes.append(len(x[0])) or run(self, x, macs))
+    return sizes
+
+
+class Branches(nn.Module):
+    """Results larger than the weights: a batch goes through sample by sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.last = nn.Conv2d(24, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.hardswish(self.first(x))
+        y = nn.functional.max_pool2d(y * torch.sigmoid(y) + self.second(y), 2)
+        result: Tensor = nn.functional.adaptive_avg_pool2d(self.last(y), 2).flatten(1)
+        return result
+
+
+@pytest.mark.parametrize("path", sources.PATHS)
+def test_samples_apart_are_the_batch(path: str, apart: list[int]) -> None:
+    if path not in engines():
+        pytest.skip(f"this CPU does not run {path}")
+    model, x = seeded(Branches), normal(16, 3, 24, 20)
+    for method in "ptsq", "ptdq":
+        recipe = Recipe(method=method, activation_granularity="per_row") if method == "ptdq" else Recipe(method=method)
+        exact = quantize_network(capture(model, (x,)), recipe, [(x,)], "reference")
+        want = exact(x)
+        with running(engines()[path]):
+            q = quantize_network(capture(model, (x,)), recipe, [(x,)], "native")
+            for threads, batch in (1, 16), (2, 16), (2, 3), (2, 2):
+                torch.set_num_threads(threads)
+                given = x[:batch]
+                before = q.macs.int8
+                got = q(given)
+                counted = q.macs.int8 - before
+                torch.set_num_threads(1)
+                torch.testing.assert_close(got, want[:batch], rtol=0, atol=0 if method == "ptsq" else 1e-5)
+                before = exact.macs.int8
+                exact(given)
+                assert counted == exact.macs.int8 - before
+        assert apart == ([16, 16, 3, 2] if method == "ptsq" else [])
+        apart.clear()
+
+
+MIXED = {  # what samples of a batch have to do with each other
+    "a mean over the batch": lambda y: y + y.mean(0, keepdim=True),
+    "a sample of another place": lambda y: y + y.flip(0),
+    "the batch as rows": lambda y: y.flatten(2).transpose(0, 1),
+    "the batch as channels": lambda y: y.reshape(1, -1, *y.shape[2:]),
+    "a running sum": lambda y: y.cumsum(0),
+    "one sample for all": lambda y: y[:1] + y,
+}
+
+
+@pytest.mark.parametrize("how", MIXED)
+def test_samples_that_need_each_other_stay_together(how: str, apart: list[int]) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = torch.relu(MIXED[how](self.conv(x)))
+            return result
+
+    model, x = seeded(Mixed), normal(4, 3, 12, 12)
+    want = quantize_network(capture(model, (x,)), Recipe(method="ptsq"), [(x,)], "reference")(x)
+    q = quantize_network(capture(model, (x,)), Recipe(method="ptsq"), [(x,)], "native")
+    assert torch.equal(q(x), want)
+    assert not apart
 
 
 def test_two_threads_may_run_one_model() -> None:

@@ -153,7 +153,7 @@ class native:
 
     def runner(self, lowered: Callable[..., Any], macs: Macs) -> Callable[..., Any]:
         """See Backend: the program as one list of engine calls, where it is one."""
-        from qbench.backends.native_plan import Planned
+        from qbench.backends.native_planned import Planned
 
         return Planned(lowered, macs)
 

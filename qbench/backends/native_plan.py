@@ -47,27 +47,39 @@ COUNTINGS = {
 }
 
 
-class Plan:
-    """The calls of a program for inputs of these shapes. Of use to one thread at a time."""
+class Recording:
+    """The calls of a program for inputs of these shapes, written down."""
 
     def __init__(self, lowered: Callable[..., Any], leaves: list[Tensor], macs: Macs) -> None:
         """Raises CannotPlanError, and whatever the program raises for inputs that do not fit."""
-        writer = Writer()
+        self.writer = writer = Writer()
         counted = macs.int8, macs.float32
         inputs = [writer.buffer(torch.empty(leaf.shape, dtype=leaf.dtype)) for leaf in leaves]
         with torch.inference_mode(), writer, written_down(writer):
             outputs = list(lowered(*inputs))
-        self._of_torch = macs.int8 - counted[0], macs.float32 - counted[1]  # counted outside the engine
+        self.of_torch = macs.int8 - counted[0], macs.float32 - counted[1]  # counted outside the engine
         macs.int8, macs.float32 = counted
         if not all(writer.holds(output) for output in outputs):
             raise CannotPlanError("a result that is no tensor of the run")
-        self._held = writer.held
-        self._inputs = [self._outside(writer, tensor) for tensor in inputs]
-        if set(self._inputs) & {self._outside(writer, output) for output in outputs}:
+        self.inputs = [self._outside(tensor) for tensor in inputs]
+        if set(self.inputs) & {self._outside(output) for output in outputs}:
             raise CannotPlanError("an input is returned")
-        for output in outputs:
-            self._outside(writer, output)
-        self._outputs = [writer.view(output) for output in outputs]
+        self.outputs = [writer.view(output) for output in outputs]
+
+    def _outside(self, tensor: Tensor) -> int:
+        address = self.writer.address(tensor.untyped_storage().data_ptr())
+        assert address is not None
+        self.writer.buffers[address.buffer].outside = True
+        return address.buffer
+
+
+class Plan:
+    """A recording that can be run. Of use to one thread at a time."""
+
+    def __init__(self, recording: Recording) -> None:
+        writer = recording.writer
+        self._of_torch, self._inputs, self._outputs = recording.of_torch, recording.inputs, recording.outputs
+        self._held = writer.held
         self._sizes = {view.buffer: writer.buffers[view.buffer].size for view in self._outputs}
         for index, call in enumerate(writer.calls):
             for address in _addresses(call):
@@ -76,18 +88,12 @@ class Plan:
                 buffer.last = index
         _share(writer.calls, writer.buffers)
         self._arena = torch.empty(_place(writer.buffers) + ALIGNMENT, dtype=torch.uint8)
-        self._slots: dict[int, list[tuple[ctypes.c_uint64, int]]] = {
+        self.slots: dict[int, list[tuple[ctypes.c_uint64, int]]] = {
             number: [] for number, buffer in enumerate(writer.buffers) if buffer.outside
         }
         self._macs = (ctypes.c_int64 * 2)()
         self._run = loaded_library().qb_run
         self._steps = self._written(writer)
-
-    def _outside(self, writer: Writer, tensor: Tensor) -> int:
-        address = writer.address(tensor.untyped_storage().data_ptr())
-        assert address is not None
-        writer.buffers[address.buffer].outside = True
-        return address.buffer
 
     def _written(self, writer: Writer) -> list[tuple[Any, int] | TorchCall]:
         """Stretches of engine calls, as words and their number, and what torch computes between them."""
@@ -107,6 +113,12 @@ class Plan:
                 results = [in_arena(view) for view in call.results]
                 steps.append(TorchCall(call.function, arguments, options, results))
         return steps
+
+    def stretch(self) -> tuple[Any, int]:
+        """The words and the number of the calls, where torch computes nothing between them."""
+        (step,) = self._steps
+        assert not isinstance(step, TorchCall)
+        return step
 
     def _in_arena(self, writer: Writer, start: int, value: Any) -> Any:
         """A view into the arena as a tensor; one of an input or an output is made anew in each run."""
@@ -139,20 +151,16 @@ class Plan:
 
     def _point(self, writer: Writer, slot: ctypes.c_uint64, address: Address, base: int) -> None:
         if writer.buffers[address.buffer].outside:
-            self._slots[address.buffer].append((slot, address.offset))
+            self.slots[address.buffer].append((slot, address.offset))
         else:
             slot.value = base + writer.buffers[address.buffer].place + address.offset
 
     def run(self, leaves: list[Tensor], macs: Macs) -> list[Tensor] | None:
         """The results as new tensors; None where a call failed."""
         memories = {number: torch.empty(size, dtype=torch.uint8) for number, size in self._sizes.items()}
-        for number, leaf in zip(self._inputs, leaves, strict=True):
-            leaf = leaf.contiguous()
-            memories[number] = (
-                leaf.detach().flatten().view(torch.uint8) if leaf.numel() else torch.empty(0, dtype=torch.uint8)
-            )
+        memories |= {number: as_bytes(leaf) for number, leaf in zip(self._inputs, leaves, strict=True)}
         for number, memory in memories.items():
-            for slot, offset in self._slots[number]:
+            for slot, offset in self.slots[number]:
                 slot.value = memory.data_ptr() + offset
         self._macs[0], self._macs[1] = self._of_torch
         for step in self._steps:
@@ -166,6 +174,12 @@ class Plan:
         macs.int8 += self._macs[0]
         macs.float32 += self._macs[1]
         return [view.of(memories[view.buffer]) for view in self._outputs]
+
+
+def as_bytes(leaf: Tensor) -> Tensor:
+    """The memory of an input, contiguous."""
+    leaf = leaf.contiguous()
+    return leaf.detach().flatten().view(torch.uint8) if leaf.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def _compute(call: TorchCall, memories: dict[int, Tensor]) -> None:
@@ -247,31 +261,3 @@ def _place(buffers: list[Buffer]) -> int:
 
 def _room(buffer: Buffer) -> int:
     return -(-buffer.size // ALIGNMENT) * ALIGNMENT
-
-
-class Planned:
-    """A lowered program that is replayed where it can be. Several threads may call it."""
-
-    def __init__(self, lowered: Callable[..., Any], macs: Macs) -> None:
-        self.lowered, self.macs = lowered, macs
-        self._idle: dict[Any, list[Plan]] = {}
-        self._unplannable = False
-
-    def __call__(self, *leaves: Tensor) -> Any:
-        """The results. Raises what the program raises."""
-        if self._unplannable:
-            return self.lowered(*leaves)
-        shapes = tuple(leaf.shape for leaf in leaves)
-        idle = self._idle.setdefault(shapes, [])
-        try:
-            plan = idle.pop() if idle else Plan(self.lowered, list(leaves), self.macs)
-        except CannotPlanError:
-            self._unplannable = True
-            return self.lowered(*leaves)
-        results = plan.run(list(leaves), self.macs)
-        if results is None:
-            return self.lowered(*leaves)  # raises what was wrong
-        idle.append(plan)
-        while len(self._idle) > PLANS:
-            self._idle.pop(next(iter(self._idle)), None)
-        return results

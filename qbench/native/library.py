@@ -22,6 +22,7 @@ __all__ = [
     "Operands",
     "Quantized",
     "Recurrent",
+    "Replay",
     "Rows",
     "Weight",
     "Window",
@@ -116,6 +117,10 @@ class Quantized(Structure):
     _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("zero_points", c_void_p), ("sharing", c_int32)]
 
 
+class Replay(Structure):
+    _fields_ = [("calls", c_void_p), ("slots", c_void_p), ("count", c_int64)]
+
+
 EACH_ROW, EACH_HEAD, ALL = 0, 1, 2  # Quantized.sharing
 
 _LAYER = [POINTER(Weight), POINTER(Finish), POINTER(Window), POINTER(Rows), POINTER(Operands)]
@@ -163,6 +168,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qb_fill": (None, [c_void_p, c_int64, c_int32]),
     "qb_max_pool": (None, [c_void_p, POINTER(Window), c_int64, c_void_p]),
     "qb_run": (c_int64, [c_void_p, c_int64, c_void_p]),
+    "qb_run_apart": (c_int64, [*[c_void_p] * 4, c_int64, c_int64, c_int64]),
     "qb_caller": (c_void_p, [ctypes.c_char_p]),
 }
 

@@ -145,4 +145,25 @@ int64_t qb_run(const uint64_t* calls, int64_t count, int64_t* macs) {
   }
   return 0;
 }
+
+int64_t qb_run_apart(const qb::Replay* replays, const uint64_t* starts, const int64_t* steps, int64_t* macs,
+                     int64_t threads, int64_t slots, int64_t samples) {
+  const qb::Watch watch;
+  int64_t failed = 0, int8 = 0, floats = 0;
+  const int together = omp_in_parallel() ? 1 : int(std::min<int64_t>(threads, omp_get_max_threads()));
+#pragma omp parallel num_threads(together) reduction(+ : int8, floats) reduction(max : failed) if (together > 1)
+  {
+    const qb::Replay& own = replays[together > 1 ? omp_get_thread_num() : 0];
+    int64_t products[2] = {0, 0}, stopped = 0;
+#pragma omp for schedule(dynamic)
+    for (int64_t s = 0; s < samples; ++s) {
+      if (stopped) continue;
+      for (int64_t i = 0; i < slots; ++i) *own.slots[i] = starts[i] + uint64_t(s * steps[i]);
+      stopped = qb_run(own.calls, own.count, products);
+    }
+    failed = stopped, int8 = products[0], floats = products[1];
+  }
+  macs[0] += int8, macs[1] += floats;
+  return failed;
+}
 }

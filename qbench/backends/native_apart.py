@@ -1,0 +1,175 @@
+"""A batch that goes through a program sample by sample, side by side on the threads.
+
+Layer by layer, a large batch's results leave the caches before the next layer reads them; sample by sample they stay.
+That costs a reading of the weights for each sample, so it is done where a sample's results are larger than these. That
+the answers are the same is shown call by call: see `folds`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qbench.backends.native_plan import Plan, Recording, as_bytes
+from qbench.backends.native_writer import Address, Buffer, Call, CannotPlanError, Structure, TorchCall
+from qbench.native.library import SIGNATURES, Averaging, Operands, Replay, Weight, Window, loaded_library
+
+if TYPE_CHECKING:
+    from qbench.program import Macs
+
+# Which argument counts samples, rows or elements: what a function makes of twice as many is what it makes of each half,
+# one after another in memory. Of a layer it is `samples` of its operands.
+EXTENTS = {
+    "qb_quantize": 1,
+    "qb_quantize_rows": 1,
+    "qb_dequantize": 1,
+    "qb_add": 2,
+    "qb_mul": 2,
+    "qb_table": 1,
+    "qb_average": 2,
+    "qb_channel_affine": 1,
+    "qb_max_pool": 2,
+    "qb_layer_norm": 1,
+}
+WINDOWS: dict[str, Any] = {"qb_average": Averaging, "qb_max_pool": Window}  # made anew for each call
+LAYERS = ("qb_layer", "qb_depthwise", "qb_transposed")
+COPY = "qb_copy"
+
+
+def apart(whole: Recording, lowered: Callable[..., Any], leaves: list[Tensor], macs: Macs) -> Apart | None:
+    """The recorded batch sample by sample; None where that is not shown to be the same, or does not pay."""
+    batch = next((leaf.shape[0] for leaf in leaves if leaf.dim()), 0)
+    if batch < 2 or not whole.writer.calls or any(not leaf.dim() or len(leaf) != batch for leaf in leaves):
+        return None
+    if not all(isinstance(call, Call) and call.function in (*EXTENTS, *LAYERS, COPY) for call in whole.writer.calls):
+        return None
+    try:
+        one = Recording(lowered, [leaf[:1] for leaf in leaves], macs)
+        if not folds(one, whole, batch) or not _pays(one):
+            return None
+        threads = min(torch.get_num_threads(), batch)
+        again = [Recording(lowered, [leaf[:1] for leaf in leaves], macs) for _ in range(threads - 1)]
+    except (CannotPlanError, ValueError, RuntimeError):
+        return None
+    return Apart(one, [Plan(recording) for recording in (one, *again)], whole)
+
+
+def _pays(one: Recording) -> bool:
+    weights = {call.arguments[0] for call in one.writer.calls if isinstance(call, Call) and call.function in LAYERS}
+    held = [Weight.from_address(address) for address in weights]
+    products = sum(weight.groups * weight.outputs * weight.depth for weight in held)
+    return bool(sum(buffer.size for buffer in one.writer.buffers) > products)
+
+
+def folds(one: Recording, whole: Recording, batch: int) -> bool:
+    """Does the whole batch the calls of one sample, each on `batch` times as much, from buffers of as much more?
+
+    Then each part of a buffer is what the calls of one sample make of the same parts of the inputs.
+    """
+    sides = one.writer, whole.writer
+    calls = [side.calls for side in sides]
+    if len(calls[0]) != len(calls[1]) or len(sides[0].buffers) != len(sides[1].buffers):
+        return False
+    if (one.inputs, [view.buffer for view in one.outputs]) != (whole.inputs, [view.buffer for view in whole.outputs]):
+        return False
+    if any(
+        batch * a.storage.nbytes() != b.storage.nbytes() for a, b in zip(*(side.buffers for side in sides), strict=True)
+    ):
+        return False
+    return all(_call_folds(a, b, sides[0].buffers, batch) for a, b in zip(*calls, strict=True))
+
+
+def _call_folds(one: Call | TorchCall, whole: Call | TorchCall, buffers: list[Buffer], batch: int) -> bool:
+    if isinstance(one, TorchCall) or isinstance(whole, TorchCall) or one.function != whole.function:
+        return False
+    if one.function == COPY:
+        return _copy_folds(one.arguments, whole.arguments, buffers, batch)
+    extent = EXTENTS.get(one.function, -1)
+    kinds = SIGNATURES[one.function][1]
+    for index, (kind, a, b) in enumerate(zip(kinds, one.arguments, whole.arguments, strict=True)):
+        if index == extent:
+            same = b == batch * a
+        elif isinstance(a, Structure) and isinstance(b, Structure):
+            same = _structure_folds(a, b, batch)
+        elif one.function in WINDOWS and kind is ctypes.POINTER(WINDOWS[one.function]):
+            same = bytes(WINDOWS[one.function].from_address(a)) == bytes(WINDOWS[one.function].from_address(b))
+        else:
+            same = a == b and not (isinstance(a, Address) and a.offset)
+        if not same:
+            return False
+    return True
+
+
+def _structure_folds(one: Structure, whole: Structure, batch: int) -> bool:
+    """Equal but for the samples of operands; its pointers to buffers point to their beginnings."""
+    a, b = (type(side.copy).from_buffer_copy(side.copy) for side in (one, whole))
+    if isinstance(a, Operands) and isinstance(b, Operands):
+        if b.samples != batch * a.samples:
+            return False
+        b.samples = a.samples
+    for copy in (a, b):
+        for offset in one.pointers:
+            ctypes.c_uint64.from_buffer(copy, offset).value = 0
+    beginnings = all(not address.offset for address in one.pointers.values())
+    return beginnings and one.pointers == whole.pointers and bytes(a) == bytes(b)
+
+
+def _copy_folds(one: list[Any], whole: list[Any], buffers: list[Buffer], batch: int) -> bool:
+    """Its first dimension is `batch` times as long and steps from part to part of both buffers."""
+    (x, *axes, dimensions, width), (same_x, *others, same_dimensions, same_width) = (
+        [side[0], side[2], side[1], side[3], side[4], side[5], side[6]] for side in (one, whole)
+    )
+    y, same_y = axes.pop(0), others.pop(0)
+    ends = x, y
+    if ends != (same_x, same_y) or (dimensions, width) != (same_dimensions, same_width) or not dimensions:
+        return False
+    if not all(isinstance(end, Address) and not end.offset for end in ends):
+        return False
+    read = [list((ctypes.c_int64 * dimensions).from_address(address)) for address in (*axes, *others)]
+    (x_strides, y_strides, sizes), (_, _, all_sizes) = read[:3], read[3:]
+    if read[3:5] != read[:2] or all_sizes != [batch * sizes[0], *sizes[1:]]:
+        return False
+    steps = [stride * sizes[0] * width for stride in (x_strides[0], y_strides[0])]
+    return steps == [buffers[end.buffer].storage.nbytes() for end in ends]
+
+
+class Apart:
+    """Plans of one sample, one for each thread, through which a batch goes. Of use to one thread at a time."""
+
+    def __init__(self, one: Recording, plans: list[Plan], whole: Recording) -> None:
+        self._plans, self._inputs, self._outputs = plans, whole.inputs, whole.outputs
+        self._sizes = {view.buffer: whole.writer.buffers[view.buffer].size for view in whole.outputs}
+        places = [(number, offset) for number, slots in plans[0].slots.items() for _, offset in slots]
+        slots = [[slot for slots in plan.slots.values() for slot, _ in slots] for plan in plans]
+        self._places = places
+        self._slots = [(ctypes.c_void_p * len(own))(*map(ctypes.addressof, own)) for own in slots]
+        self._starts = (ctypes.c_uint64 * len(places))()
+        self._steps = (ctypes.c_int64 * len(places))(
+            *(one.writer.buffers[number].storage.nbytes() for number, _ in places)
+        )
+        replays = []
+        for plan, own in zip(plans, self._slots, strict=True):
+            words, count = plan.stretch()
+            replays.append(Replay(ctypes.addressof(words), ctypes.addressof(own), count))
+        self._replays = (Replay * len(plans))(*replays)
+        self._macs = (ctypes.c_int64 * 2)()
+        self._run = loaded_library().qb_run_apart
+
+    def run(self, leaves: list[Tensor], macs: Macs) -> list[Tensor] | None:
+        """The results as new tensors; None where a call failed."""
+        memories = {number: torch.empty(size, dtype=torch.uint8) for number, size in self._sizes.items()}
+        memories |= {number: as_bytes(leaf) for number, leaf in zip(self._inputs, leaves, strict=True)}
+        for index, (number, offset) in enumerate(self._places):
+            self._starts[index] = memories[number].data_ptr() + offset
+        self._macs[0] = self._macs[1] = 0
+        sizes = len(self._replays), len(self._places), len(leaves[0])
+        addresses = (ctypes.addressof(held) for held in (self._replays, self._starts, self._steps, self._macs))
+        if self._run(*addresses, *sizes):
+            return None
+        macs.int8 += self._macs[0]
+        macs.float32 += self._macs[1]
+        return [view.of(memories[view.buffer]) for view in self._outputs]
