@@ -1,7 +1,6 @@
-"""A batch that goes through a program sample by sample, side by side on the threads.
+"""A batch that goes through a program in pieces of some samples, side by side on the threads.
 
-Layer by layer, a large batch's results leave the caches before the next layer reads them; sample by sample they stay.
-That costs a reading of the weights for each sample, so it is done where a sample's results are larger than these. That
+Layer by layer, a large batch's results leave the caches before the next layer reads them; those of a piece stay. That
 the answers are the same is shown call by call: see `folds`.
 """
 
@@ -16,10 +15,13 @@ from torch import Tensor
 
 from qbench.backends.native_plan import Plan, Recording, as_bytes
 from qbench.backends.native_writer import Address, Buffer, Call, CannotPlanError, Structure, TorchCall
-from qbench.native.library import SIGNATURES, Averaging, Operands, Replay, Weight, Window, loaded_library
+from qbench.native.library import SIGNATURES, Averaging, Operands, Replay, Window, loaded_library
 
 if TYPE_CHECKING:
     from qbench.program import Macs
+
+PIECE_BYTES = 4 << 20  # of results that are needed at the same time: from 1 to 6 MiB all are about as fast
+MANY = 4  # pieces for each thread, of which one more or less does not matter
 
 # Which argument counts samples, rows or elements: what a function makes of twice as many is what it makes of each half,
 # one after another in memory. Of a layer it is `samples` of its operands.
@@ -41,34 +43,37 @@ COPY = "qb_copy"
 
 
 def apart(whole: Recording, lowered: Callable[..., Any], leaves: list[Tensor], macs: Macs) -> Apart | None:
-    """The recorded batch sample by sample; None where that is not shown to be the same, or does not pay."""
+    """The recorded batch in pieces; None where that is not shown to be the same, or does not pay."""
     batch = next((leaf.shape[0] for leaf in leaves if leaf.dim()), 0)
     if batch < 2 or not whole.writer.calls or any(not leaf.dim() or len(leaf) != batch for leaf in leaves):
         return None
     if not all(isinstance(call, Call) and call.function in (*EXTENTS, *LAYERS, COPY) for call in whole.writer.calls):
         return None
-    try:
-        one = Recording(lowered, [leaf[:1] for leaf in leaves], macs)
-        if not folds(one, whole, batch) or not _pays(one):
-            return None
-        threads = min(torch.get_num_threads(), batch)
-        again = [Recording(lowered, [leaf[:1] for leaf in leaves], macs) for _ in range(threads - 1)]
-    except (CannotPlanError, ValueError, RuntimeError):
+    if (samples := piece_of(whole, batch, torch.get_num_threads())) == batch:
         return None
-    return Apart(one, [Plan(recording) for recording in (one, *again)], whole)
+    try:
+        count = min(torch.get_num_threads(), batch // samples)
+        pieces = [Recording(lowered, [leaf[:samples] for leaf in leaves], macs) for _ in range(count)]
+        if folds(pieces[0], whole, batch // samples):
+            return Apart(pieces[0], [Plan(piece) for piece in pieces], whole, batch // samples)
+    except (CannotPlanError, ValueError, RuntimeError):
+        pass  # of a sample alone it cannot be made
+    return None
 
 
-def _pays(one: Recording) -> bool:
-    weights = {call.arguments[0] for call in one.writer.calls if isinstance(call, Call) and call.function in LAYERS}
-    held = [Weight.from_address(address) for address in weights]
-    products = sum(weight.groups * weight.outputs * weight.depth for weight in held)
-    return bool(sum(buffer.size for buffer in one.writer.buffers) > products)
+def piece_of(whole: Recording, batch: int, threads: int) -> int:
+    """How many samples go through together: as the caches hold the results of, and equal shares for the threads."""
+    for samples in range(batch, 0, -1):
+        pieces = batch // samples
+        if batch % samples == 0 and (samples == 1 or whole.arena <= pieces * PIECE_BYTES):
+            return samples if pieces % threads == 0 or pieces >= MANY * threads else batch
+    return batch
 
 
-def folds(one: Recording, whole: Recording, batch: int) -> bool:
-    """Does the whole batch the calls of one sample, each on `batch` times as much, from buffers of as much more?
+def folds(one: Recording, whole: Recording, pieces: int) -> bool:
+    """Does the whole batch the calls of one piece, each on `pieces` times as much, in buffers of as much more?
 
-    Then each part of a buffer is what the calls of one sample make of the same parts of the inputs.
+    Then each part of a buffer is what the calls of a piece make of the same parts of the inputs.
     """
     sides = one.writer, whole.writer
     calls = [side.calls for side in sides]
@@ -77,24 +82,25 @@ def folds(one: Recording, whole: Recording, batch: int) -> bool:
     if (one.inputs, [view.buffer for view in one.outputs]) != (whole.inputs, [view.buffer for view in whole.outputs]):
         return False
     if any(
-        batch * a.storage.nbytes() != b.storage.nbytes() for a, b in zip(*(side.buffers for side in sides), strict=True)
+        pieces * a.storage.nbytes() != b.storage.nbytes()
+        for a, b in zip(*(side.buffers for side in sides), strict=True)
     ):
         return False
-    return all(_call_folds(a, b, sides[0].buffers, batch) for a, b in zip(*calls, strict=True))
+    return all(_call_folds(a, b, sides[0].buffers, pieces) for a, b in zip(*calls, strict=True))
 
 
-def _call_folds(one: Call | TorchCall, whole: Call | TorchCall, buffers: list[Buffer], batch: int) -> bool:
+def _call_folds(one: Call | TorchCall, whole: Call | TorchCall, buffers: list[Buffer], pieces: int) -> bool:
     if isinstance(one, TorchCall) or isinstance(whole, TorchCall) or one.function != whole.function:
         return False
     if one.function == COPY:
-        return _copy_folds(one.arguments, whole.arguments, buffers, batch)
+        return _copy_folds(one.arguments, whole.arguments, buffers, pieces)
     extent = EXTENTS.get(one.function, -1)
     kinds = SIGNATURES[one.function][1]
     for index, (kind, a, b) in enumerate(zip(kinds, one.arguments, whole.arguments, strict=True)):
         if index == extent:
-            same = b == batch * a
+            same = b == pieces * a
         elif isinstance(a, Structure) and isinstance(b, Structure):
-            same = _structure_folds(a, b, batch)
+            same = _structure_folds(a, b, pieces)
         elif one.function in WINDOWS and kind is ctypes.POINTER(WINDOWS[one.function]):
             same = bytes(WINDOWS[one.function].from_address(a)) == bytes(WINDOWS[one.function].from_address(b))
         else:
@@ -104,11 +110,11 @@ def _call_folds(one: Call | TorchCall, whole: Call | TorchCall, buffers: list[Bu
     return True
 
 
-def _structure_folds(one: Structure, whole: Structure, batch: int) -> bool:
+def _structure_folds(one: Structure, whole: Structure, pieces: int) -> bool:
     """Equal but for the samples of operands; its pointers to buffers point to their beginnings."""
     a, b = (type(side.copy).from_buffer_copy(side.copy) for side in (one, whole))
     if isinstance(a, Operands) and isinstance(b, Operands):
-        if b.samples != batch * a.samples:
+        if b.samples != pieces * a.samples:
             return False
         b.samples = a.samples
     for copy in (a, b):
@@ -118,8 +124,8 @@ def _structure_folds(one: Structure, whole: Structure, batch: int) -> bool:
     return beginnings and one.pointers == whole.pointers and bytes(a) == bytes(b)
 
 
-def _copy_folds(one: list[Any], whole: list[Any], buffers: list[Buffer], batch: int) -> bool:
-    """Its first dimension is `batch` times as long and steps from part to part of both buffers."""
+def _copy_folds(one: list[Any], whole: list[Any], buffers: list[Buffer], pieces: int) -> bool:
+    """Its first dimension is `pieces` times as long and steps from part to part of both buffers."""
     (x, *axes, dimensions, width), (same_x, *others, same_dimensions, same_width) = (
         [side[0], side[2], side[1], side[3], side[4], side[5], side[6]] for side in (one, whole)
     )
@@ -131,17 +137,17 @@ def _copy_folds(one: list[Any], whole: list[Any], buffers: list[Buffer], batch: 
         return False
     read = [list((ctypes.c_int64 * dimensions).from_address(address)) for address in (*axes, *others)]
     (x_strides, y_strides, sizes), (_, _, all_sizes) = read[:3], read[3:]
-    if read[3:5] != read[:2] or all_sizes != [batch * sizes[0], *sizes[1:]]:
+    if read[3:5] != read[:2] or all_sizes != [pieces * sizes[0], *sizes[1:]]:
         return False
     steps = [stride * sizes[0] * width for stride in (x_strides[0], y_strides[0])]
     return steps == [buffers[end.buffer].storage.nbytes() for end in ends]
 
 
 class Apart:
-    """Plans of one sample, one for each thread, through which a batch goes. Of use to one thread at a time."""
+    """Plans of one piece, one for each thread, through which a batch goes. Of use to one thread at a time."""
 
-    def __init__(self, one: Recording, plans: list[Plan], whole: Recording) -> None:
-        self._plans, self._inputs, self._outputs = plans, whole.inputs, whole.outputs
+    def __init__(self, one: Recording, plans: list[Plan], whole: Recording, pieces: int) -> None:
+        self._pieces, self._plans, self._inputs, self._outputs = pieces, plans, whole.inputs, whole.outputs
         self._sizes = {view.buffer: whole.writer.buffers[view.buffer].size for view in whole.outputs}
         places = [(number, offset) for number, slots in plans[0].slots.items() for _, offset in slots]
         slots = [[slot for slots in plan.slots.values() for slot, _ in slots] for plan in plans]
@@ -166,7 +172,7 @@ class Apart:
         for index, (number, offset) in enumerate(self._places):
             self._starts[index] = memories[number].data_ptr() + offset
         self._macs[0] = self._macs[1] = 0
-        sizes = len(self._replays), len(self._places), len(leaves[0])
+        sizes = len(self._replays), len(self._places), self._pieces
         addresses = (ctypes.addressof(held) for held in (self._replays, self._starts, self._steps, self._macs))
         if self._run(*addresses, *sizes):
             return None

@@ -48,7 +48,7 @@ COUNTINGS = {
 
 
 class Recording:
-    """The calls of a program for inputs of these shapes, written down."""
+    """The calls of a program for inputs of these shapes, written down; their results need `arena` bytes."""
 
     def __init__(self, lowered: Callable[..., Any], leaves: list[Tensor], macs: Macs) -> None:
         """Raises CannotPlanError, and whatever the program raises for inputs that do not fit."""
@@ -65,6 +65,13 @@ class Recording:
         if set(self.inputs) & {self._outside(output) for output in outputs}:
             raise CannotPlanError("an input is returned")
         self.outputs = [writer.view(output) for output in outputs]
+        for index, call in enumerate(writer.calls):
+            for address in _addresses(call):
+                buffer = writer.buffers[address.buffer]
+                buffer.first = index if buffer.first < 0 else buffer.first
+                buffer.last = index
+        _share(writer.calls, writer.buffers)
+        self.arena = _place(writer.buffers)
 
     def _outside(self, tensor: Tensor) -> int:
         address = self.writer.address(tensor.untyped_storage().data_ptr())
@@ -81,13 +88,7 @@ class Plan:
         self._of_torch, self._inputs, self._outputs = recording.of_torch, recording.inputs, recording.outputs
         self._held = writer.held
         self._sizes = {view.buffer: writer.buffers[view.buffer].size for view in self._outputs}
-        for index, call in enumerate(writer.calls):
-            for address in _addresses(call):
-                buffer = writer.buffers[address.buffer]
-                buffer.first = index if buffer.first < 0 else buffer.first
-                buffer.last = index
-        _share(writer.calls, writer.buffers)
-        self._arena = torch.empty(_place(writer.buffers) + ALIGNMENT, dtype=torch.uint8)
+        self._arena = torch.empty(recording.arena + ALIGNMENT, dtype=torch.uint8)
         self.slots: dict[int, list[tuple[ctypes.c_uint64, int]]] = {
             number: [] for number, buffer in enumerate(writer.buffers) if buffer.outside
         }

@@ -1,4 +1,4 @@
-"""What runs a lowered program: the plan for the shapes of its inputs, layer by layer or sample by sample."""
+"""What runs a lowered program: the plan for the shapes of its inputs, for all samples at once or in pieces."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ struct Quantized {  // codes with the scales of their rows
 // What the result of a call in a list means: nothing, products, or not 0 where it failed. Products below 0 are a failure.
 enum Counting : int64_t { NOTHING, INT8_PRODUCTS, FLOAT32_PRODUCTS, FAILURE };
 
-// A list of calls for qb_run of one sample, and where in it addresses of inputs and results stand.
+// A list of calls for qb_run, of a piece of a batch, and where in it addresses of inputs and results stand.
 struct Replay {
   const uint64_t* calls;
   uint64_t* const* slots;
@@ -218,10 +218,10 @@ void qb_max_pool(const uint8_t* x, const qb::Window*, int64_t samples, uint8_t* 
 // counts as (qb::Counting), how many words of 8 bytes its arguments take, and these. Adds products to macs[0] (int8) and
 // macs[1] (float32). Returns 0, or 1 + the index of a call that failed, after which none is run.
 int64_t qb_run(const uint64_t* calls, int64_t count, int64_t* macs);
-// Runs the samples of a batch one by one, side by side on as many threads as there are `replays`, all of one program: for
-// sample s slot i is starts[i] + s * steps[i]. Adds products and returns as qb_run does.
+// Runs the pieces of a batch, side by side on as many threads as there are `replays`, all of one program: for piece p
+// slot i is starts[i] + p * steps[i]. Adds products and returns as qb_run does.
 int64_t qb_run_apart(const qb::Replay* replays, const uint64_t* starts, const int64_t* steps, int64_t* macs,
-                     int64_t threads, int64_t slots, int64_t samples);
+                     int64_t threads, int64_t slots, int64_t pieces);
 // The caller of a function for qb_run, by its name; null: there is none.
 const void* qb_caller(const char* name);
 }

@@ -147,7 +147,7 @@ int64_t qb_run(const uint64_t* calls, int64_t count, int64_t* macs) {
 }
 
 int64_t qb_run_apart(const qb::Replay* replays, const uint64_t* starts, const int64_t* steps, int64_t* macs,
-                     int64_t threads, int64_t slots, int64_t samples) {
+                     int64_t threads, int64_t slots, int64_t pieces) {
   const qb::Watch watch;
   int64_t failed = 0, int8 = 0, floats = 0;
   const int together = omp_in_parallel() ? 1 : int(std::min<int64_t>(threads, omp_get_max_threads()));
@@ -156,9 +156,9 @@ int64_t qb_run_apart(const qb::Replay* replays, const uint64_t* starts, const in
     const qb::Replay& own = replays[together > 1 ? omp_get_thread_num() : 0];
     int64_t products[2] = {0, 0}, stopped = 0;
 #pragma omp for schedule(dynamic)
-    for (int64_t s = 0; s < samples; ++s) {
+    for (int64_t p = 0; p < pieces; ++p) {
       if (stopped) continue;
-      for (int64_t i = 0; i < slots; ++i) *own.slots[i] = starts[i] + uint64_t(s * steps[i]);
+      for (int64_t i = 0; i < slots; ++i) *own.slots[i] = starts[i] + uint64_t(p * steps[i]);
       stopped = qb_run(own.calls, own.count, products);
     }
     failed = stopped, int8 = products[0], floats = products[1];
