@@ -195,12 +195,28 @@ def test_sides_in_turns_are_compared_in_pairs():
 
     before = [0.70, 0.50, 0.90, 0.60]
     now = [value - change for value, change in zip(before, (0.04, 0.06, 0.05, 0.05), strict=True)]
-    found = speed.paired_change(before, now)
+    steady = [0.0] * 4, [0.0] * 4
+    found = speed.paired_change(before, now, *steady)
     assert found.p == pytest.approx(stats.ttest_rel(before, now).pvalue)
-    alone = speed.change(before, now, [0.0] * 4, [0.0] * 4)
+    alone = speed.change(before, now, *steady)
     assert (speed.verdict(found, 0.05), speed.verdict(alone, 0.05)) == ("worse", "inconclusive")
     with pytest.raises(ValueError, match="as many a side"):
-        speed.paired_change(before, now[1:])
+        speed.paired_change(before, now[1:], *steady)
+
+
+def test_pairs_are_compared_where_fp32_does_not_differ():
+    """Least squares of the differences on those of fp32: the constant, its error; from five pairs on."""
+    from scipy import stats
+
+    draw = np.random.default_rng(1)
+    times = [draw.normal(1.0, 0.1, 10), draw.normal(1.0, 0.1, 10)]
+    values = [0.5 + 0.6 * times[0] + draw.normal(0, 0.01, 10), 0.45 + 0.6 * times[1] + draw.normal(0, 0.01, 10)]
+    sides = [list(map(float, side)) for side in (*values, *times)]
+    found = speed.paired_change(*sides)
+    line = stats.linregress(times[0] - times[1], values[0] - values[1])
+    assert [found.estimate, found.error, found.df] == pytest.approx([line.intercept, line.intercept_stderr, 8.0])
+    few = speed.paired_change(*(side[:4] for side in sides))
+    assert few.p == pytest.approx(stats.ttest_rel(values[0][:4], values[1][:4]).pvalue)
 
 
 def test_holm_steps_down_and_stops():

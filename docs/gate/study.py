@@ -139,10 +139,11 @@ class Run:
 
     def in_turns(self, name: str, count: int) -> SpeedChange:
         """From so many pairs; every second one the other way round."""
-        values, first = self.bank.values[name], self.again
-        base = [values[first + 2 * i + i % 2] for i in range(count)]
-        head = [values[first + 2 * i + 1 - i % 2] - self.slower.get(name, 0.0) for i in range(count)]
-        return speed.paired_change(base, head)
+        values, times, first = self.bank.values[name], self.bank.fp32[name], self.again
+        base = [first + 2 * i + i % 2 for i in range(count)]
+        head = [first + 2 * i + 1 - i % 2 for i in range(count)]
+        now = [values[i] - self.slower.get(name, 0.0) for i in head]
+        return speed.paired_change([values[i] for i in base], now, [times[i] for i in base], [times[i] for i in head])
 
     def words(self, mode: str) -> tuple[dict[str, str], int]:
         """The verdict of each cell, and how many were measured a second time."""

@@ -62,11 +62,8 @@ def speed_tests(
         values = before.speeds[name], now.speeds[name]
         if min(map(len, values)) < 2:
             continue
-        if paired:
-            change = speed.paired_change(*values)
-        else:
-            fp32 = [[math.log(ms) for ms in side.milliseconds[name]["fp32"]] for side in (before, now)]
-            change = speed.change(*values, *fp32)
+        fp32 = [[math.log(ms) for ms in side.milliseconds[name]["fp32"]] for side in (before, now)]
+        change = (speed.paired_change if paired else speed.change)(*values, *fp32)
         limit = limits.get(name)
         delta = matters if limit is None or limit.value is None else math.log1p(limit.allowed(1.0, name))
         found[name] = SpeedTest(before, now, change, delta, than)

@@ -1,10 +1,9 @@
 """Did a cell become slower? The sample is the fresh process; docs/gate/study.md tests these rules on recorded ones.
 
-A process' value is the natural log of its speed-up over fp32. Where two sides were measured in turns, the change is the
-mean of the differences of such values, with Student's interval. Else it is the difference of two means at equal times
-of fp32 (analysis of covariance, Fisher 1932): what slows a machine down slows fp32 and int8 by different shares, and
-that time tells in which state a process found the machine. Positive is slower. The tests of one run are corrected
-together (Holm 1979).
+A process' value is the natural log of its speed-up over fp32. The change is the difference of two means of such values,
+or the mean of their differences where two sides were measured in turns, at equal times of fp32 (analysis of covariance,
+Fisher 1932): what slows a machine down slows fp32 and int8 by different shares, and that time tells in which state a
+process found the machine. Positive is slower. The tests of one run are corrected together (Holm 1979).
 """
 
 from __future__ import annotations
@@ -61,34 +60,55 @@ def change(
     """
     if min(len(before), len(now)) < 2:
         raise ValueError(f"{len(before)} and {len(now)} processes: two a side at least")
-    values = [_centred(before), _centred(now)]
-    times = [_centred(before_fp32), _centred(now_fp32)]
-    squares = sum(x * x for side in times for x in side)
-    products = sum(x * y for xs, ys in zip(times, values, strict=True) for x, y in zip(xs, ys, strict=True))
-    slope = products / squares if squares else 0.0
-    df = len(before) + len(now) - (3.0 if squares else 2.0)
-    rest = sum((y - slope * x) ** 2 for xs, ys in zip(times, values, strict=True) for x, y in zip(xs, ys, strict=True))
+    estimate = statistics.mean(before) - statistics.mean(now)
     shift = statistics.mean(before_fp32) - statistics.mean(now_fp32)
-    share = 1.0 / len(before) + 1.0 / len(now) + (shift * shift / squares if squares else 0.0)
-    estimate = statistics.mean(before) - statistics.mean(now) - slope * shift
-    return SpeedChange(estimate, math.sqrt(rest / df * share), df)
+    share = 1.0 / len(before) + 1.0 / len(now)
+    return _at_equal_times([before, now], [before_fp32, now_fp32], estimate, shift, share)
+
+
+def paired_change(
+    before: Sequence[float], now: Sequence[float], before_fp32: Sequence[float], now_fp32: Sequence[float]
+) -> SpeedChange:
+    """From processes of two sides that were measured in turns, the first with the first: what drifts reaches both.
+
+    The differences are taken where fp32's do not differ, from LEAST pairs on. Raises ValueError for fewer than two
+    pairs, or a process without its partner or its time.
+    """
+    if len(before) != len(now) or len(now) < 2:
+        raise ValueError(f"{len(before)} and {len(now)} processes: as many a side, two at least")
+    differences = [a - b for a, b in zip(before, now, strict=True)]
+    shifts = [a - b for a, b in zip(before_fp32, now_fp32, strict=True)]
+    if len(differences) < LEAST:
+        shifts = [0.0] * len(differences)
+    estimate, shift = statistics.mean(differences), statistics.mean(shifts)
+    return _at_equal_times([differences], [shifts], estimate, shift, 1.0 / len(differences))
+
+
+def _at_equal_times(
+    values: Sequence[Sequence[float]],
+    times: Sequence[Sequence[float]],
+    estimate: float,
+    shift: float,
+    share: float,
+) -> SpeedChange:
+    """Least squares of values on times, a constant for each group and one slope: the estimate at a shift of 0.
+
+    `estimate` and `shift` are the change of the values' and the times' means, `share` times the variance of a value is
+    that of the estimate.
+    """
+    centred = [(_centred(ys), _centred(xs)) for ys, xs in zip(values, times, strict=True)]
+    pairs = [pair for ys, xs in centred for pair in zip(ys, xs, strict=True)]
+    squares = sum(x * x for _, x in pairs)
+    slope = sum(x * y for y, x in pairs) / squares if squares else 0.0
+    df = len(pairs) - len(values) - (1.0 if squares else 0.0)
+    rest = sum((y - slope * x) ** 2 for y, x in pairs)
+    share += shift * shift / squares if squares else 0.0
+    return SpeedChange(estimate - slope * shift, math.sqrt(rest / df * share), df)
 
 
 def _centred(values: Sequence[float]) -> list[float]:
     mean = statistics.mean(values)
     return [value - mean for value in values]
-
-
-def paired_change(before: Sequence[float], now: Sequence[float]) -> SpeedChange:
-    """From processes of two sides that were measured in turns, the first with the first: what drifts reaches both.
-
-    Raises ValueError for fewer than two pairs, or a process without its partner.
-    """
-    if len(before) != len(now) or len(now) < 2:
-        raise ValueError(f"{len(before)} and {len(now)} processes: as many a side, two at least")
-    differences = [a - b for a, b in zip(before, now, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return SpeedChange(statistics.mean(differences), error, len(differences) - 1.0)
 
 
 def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
