@@ -432,6 +432,7 @@ def test_a_baseline_is_sorted_json_and_keeps_the_first_and_the_last(tmp_path):
         lambda text: text.replace('"schema": 1', '"schema": 2'),
         lambda text: text.replace('"score": "accuracy"', '"score": 3'),
         lambda text: text.replace('"taken"', '"token"'),
+        lambda text: text.replace("    1.0,\n", "", 1),  # a process without its time
     ],
 )
 def test_a_damaged_baseline_names_the_file_and_the_cure(tmp_path, damage):

@@ -169,8 +169,14 @@ def _check(baseline: Baseline) -> None:
     if baseline.speeds.keys() != baseline.milliseconds.keys():
         raise ValueError("speeds and milliseconds are not of the same metrics")
     for name, values in baseline.speeds.items():
-        times = [*baseline.milliseconds[name]["cell"], *baseline.milliseconds[name]["fp32"]]
-        if not values or not times or min(times) <= 0.0 or max(map(abs, values)) > LARGEST_SPEED:
+        sides = [baseline.milliseconds[name][who] for who in ("cell", "fp32")]
+        times = [*sides[0], *sides[1]]
+        if (
+            not values
+            or {len(values)} != {*map(len, sides)}
+            or min(times) <= 0.0
+            or max(map(abs, values)) > LARGEST_SPEED
+        ):
             raise ValueError(f"the values of {name} are none that were measured")
         numbers += [*values, *times]
     numbers += [*baseline.operations.values()]

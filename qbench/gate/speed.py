@@ -21,6 +21,7 @@ Name = TypeVar("Name")
 DELTA = math.log(1.02)  # the smallest change that matters, where it can be measured in turns
 DRIFT = math.log(1.08)  # against a stored baseline alone: less than this a machine's speed changes by itself
 LEAST = 5  # processes a side; a measurement may ask for more
+SLOPED = 5  # pairs from which their slope is taken
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ def paired_change(
 ) -> SpeedChange:
     """From processes of two sides that were measured in turns, the first with the first: what drifts reaches both.
 
-    The differences are taken where fp32's do not differ, from LEAST pairs on. Raises ValueError for fewer than two
+    The differences are taken where fp32's do not differ, from SLOPED pairs on. Raises ValueError for fewer than two
     pairs, or a process without its partner or its time.
     """
     if len(before) != len(now) or len(now) < 2:
         raise ValueError(f"{len(before)} and {len(now)} processes: as many a side, two at least")
     differences = [a - b for a, b in zip(before, now, strict=True)]
     shifts = [a - b for a, b in zip(before_fp32, now_fp32, strict=True)]
-    if len(differences) < LEAST:
+    if len(differences) < SLOPED:
         shifts = [0.0] * len(differences)
     estimate, shift = statistics.mean(differences), statistics.mean(shifts)
     return _at_equal_times([differences], [shifts], estimate, shift, 1.0 / len(differences))
