@@ -95,8 +95,8 @@ CONF = {
     "task/tiny.yaml": "_target_: mytask.build\nname: tiny\nwidth: 8\nfault: none\n",
     "task/tiny_wide.yaml": "_target_: mytask.build\nname: tiny_wide\nwidth: 16\nfault: none\n",
     "measure/least.yaml": (
-        "defaults: [default, _self_]\nprocesses: 1\nrounds: 1\nblock_calls: 3\nblock_ms: 1\npause_ms: 0\nbatch: 2\ncompile: false\n"
-        "layers: false\nfigures: false\n"
+        "defaults: [default, _self_]\nprocesses: 1\nrounds: 1\nblock_calls: 3\nblock_ms: 1\npause_ms: 0\nbatch: 2\n"
+        "compile: false\nlayers: false\nfigures: false\n"
     ),
     "sweep/tiny.yaml": (
         "# @package _global_\n# Four cells.\ndefaults:\n  - override /task: tiny\n  - override /measure: least\n"
