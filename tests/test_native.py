@@ -631,6 +631,30 @@ def test_samples_apart_are_the_batch(path: str, apart: list[int]) -> None:
         apart.clear()
 
 
+class Heads(nn.Module):
+    """Attention whose batch stays the first dimension; that of nn.MultiheadAttention does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.out, self.norm = nn.Linear(32, 96), nn.Linear(32, 32), nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(2, (4, 8)).transpose(1, 2) for part in self.parts(x).chunk(3, 2))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        result: Tensor = self.norm(x + self.out(y.transpose(1, 2).flatten(2)))
+        return result
+
+
+def test_sequences_apart_are_the_batch(apart: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads and rows fold as samples do. A single sequence is copied in fewer dimensions: it stays with another."""
+    model, x = seeded(Heads), normal(6, 10, 32)
+    want = quantize_network(capture(model, (x,)), Recipe(method="ptsq"), [(x,)], "reference")(x)
+    for samples in 2, 3:
+        monkeypatch.setattr(native_apart, "piece_of", lambda *_, samples=samples: samples)
+        assert torch.equal(quantize_network(capture(model, (x,)), Recipe(method="ptsq"), [(x,)], "native")(x), want)
+    assert apart == [6, 6]
+
+
 MIXED = {  # what samples of a batch have to do with each other
     "a mean over the batch": lambda y: y + y.mean(0, keepdim=True),
     "a sample of another place": lambda y: y + y.flip(0),

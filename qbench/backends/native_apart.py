@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qbench.backends.native_plan import Plan, Recording, as_bytes
 from qbench.backends.native_writer import Address, Buffer, Call, CannotPlanError, Structure, TorchCall
-from qbench.native.library import SIGNATURES, Averaging, Operands, Replay, Window, loaded_library
+from qbench.native.library import SIGNATURES, Attention, Averaging, Operands, Replay, Window, loaded_library
 
 if TYPE_CHECKING:
     from qbench.program import Macs
@@ -37,9 +37,16 @@ EXTENTS = {
     "qb_max_pool": 2,
     "qb_layer_norm": 1,
 }
-WINDOWS: dict[str, Any] = {"qb_average": Averaging, "qb_max_pool": Window}  # made anew for each call
+# Structures that are made anew for each call, and their field that counts as above.
+STRUCTURES: dict[str, tuple[Any, str | None]] = {
+    "qb_average": (Averaging, None),
+    "qb_max_pool": (Window, None),
+    "qb_attention": (Attention, "heads"),
+    "qb_dynamic_attention": (Attention, "heads"),
+}
 LAYERS = ("qb_layer", "qb_depthwise", "qb_transposed")
 COPY = "qb_copy"
+KNOWN = {*EXTENTS, *STRUCTURES, *LAYERS, COPY}
 
 
 def apart(whole: Recording, lowered: Callable[..., Any], leaves: list[Tensor], macs: Macs) -> Apart | None:
@@ -47,7 +54,7 @@ def apart(whole: Recording, lowered: Callable[..., Any], leaves: list[Tensor], m
     batch = next((leaf.shape[0] for leaf in leaves if leaf.dim()), 0)
     if batch < 2 or not whole.writer.calls or any(not leaf.dim() or len(leaf) != batch for leaf in leaves):
         return None
-    if not all(isinstance(call, Call) and call.function in (*EXTENTS, *LAYERS, COPY) for call in whole.writer.calls):
+    if not all(isinstance(call, Call) and call.function in KNOWN for call in whole.writer.calls):
         return None
     if (samples := piece_of(whole, batch, torch.get_num_threads())) == batch:
         return None
@@ -100,9 +107,9 @@ def _call_folds(one: Call | TorchCall, whole: Call | TorchCall, buffers: list[Bu
         if index == extent:
             same = b == pieces * a
         elif isinstance(a, Structure) and isinstance(b, Structure):
-            same = _structure_folds(a, b, pieces)
-        elif one.function in WINDOWS and kind is ctypes.POINTER(WINDOWS[one.function]):
-            same = bytes(WINDOWS[one.function].from_address(a)) == bytes(WINDOWS[one.function].from_address(b))
+            same = _operands_fold(a, b, pieces)
+        elif one.function in STRUCTURES and kind is ctypes.POINTER(STRUCTURES[one.function][0]):
+            same = _structure_folds(*STRUCTURES[one.function], a, b, pieces)
         else:
             same = a == b and not (isinstance(a, Address) and a.offset)
         if not same:
@@ -110,7 +117,15 @@ def _call_folds(one: Call | TorchCall, whole: Call | TorchCall, buffers: list[Bu
     return True
 
 
-def _structure_folds(one: Structure, whole: Structure, pieces: int) -> bool:
+def _structure_folds(kind: Any, extent: str | None, one: int, whole: int, pieces: int) -> bool:
+    """Equal but for the extent."""
+    a, b = (kind.from_buffer_copy(kind.from_address(address)) for address in (one, whole))
+    if extent is not None:
+        setattr(a, extent, pieces * getattr(a, extent))
+    return bytes(a) == bytes(b)
+
+
+def _operands_fold(one: Structure, whole: Structure, pieces: int) -> bool:
     """Equal but for the samples of operands; its pointers to buffers point to their beginnings."""
     a, b = (type(side.copy).from_buffer_copy(side.copy) for side in (one, whole))
     if isinstance(a, Operands) and isinstance(b, Operands):
@@ -126,21 +141,21 @@ def _structure_folds(one: Structure, whole: Structure, pieces: int) -> bool:
 
 def _copy_folds(one: list[Any], whole: list[Any], buffers: list[Buffer], pieces: int) -> bool:
     """Its first dimension is `pieces` times as long and steps from part to part of both buffers."""
-    (x, *axes, dimensions, width), (same_x, *others, same_dimensions, same_width) = (
-        [side[0], side[2], side[1], side[3], side[4], side[5], side[6]] for side in (one, whole)
-    )
-    y, same_y = axes.pop(0), others.pop(0)
-    ends = x, y
-    if ends != (same_x, same_y) or (dimensions, width) != (same_dimensions, same_width) or not dimensions:
+    x, x_strides, y, y_strides, sizes, dimensions, width = one
+    if (x, y, dimensions, width) != (whole[0], whole[2], *whole[5:]) or not dimensions:
         return False
-    if not all(isinstance(end, Address) and not end.offset for end in ends):
+    if not (isinstance(x, Address) and isinstance(y, Address)):
         return False
-    read = [list((ctypes.c_int64 * dimensions).from_address(address)) for address in (*axes, *others)]
-    (x_strides, y_strides, sizes), (_, _, all_sizes) = read[:3], read[3:]
-    if read[3:5] != read[:2] or all_sizes != [pieces * sizes[0], *sizes[1:]]:
+
+    def read(address: int) -> list[int]:
+        return list((ctypes.c_int64 * dimensions).from_address(address))
+
+    if (read(x_strides), read(y_strides)) != (read(whole[1]), read(whole[3])):
         return False
-    steps = [stride * sizes[0] * width for stride in (x_strides[0], y_strides[0])]
-    return steps == [buffers[end.buffer].storage.nbytes() for end in ends]
+    first, *rest = read(sizes)
+    steps = [first * read(strides)[0] * width for strides in (x_strides, y_strides)]
+    parts = [buffers[end.buffer].storage.nbytes() for end in (x, y)]
+    return read(whole[4]) == [pieces * first, *rest] and steps == parts
 
 
 class Apart:
