@@ -13,6 +13,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ INTERVALS = 2000
 SLOWER = (5, 10)  # percent, of the table
 EXAMPLES, DISCORDANT = 10_000, 150  # of a score: 1.5 % of its decisions differ
 CURVE = (2, 3, 4, 5, 6, 8, 10, 12, 15)  # percent, of the figure
-CURVE_RUNS = 440
+CURVE_RUNS = 220
 REVISION, ALONE, BESIDE = "stored baseline, in git", "stored baseline alone", "--qbench-base"
 MODES = (REVISION, ALONE, BESIDE)
 MOVED = ("worse", "better")
@@ -125,10 +126,11 @@ def _logs(processes: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Loops, Lo
 class Run:
     """One run of the gate, replayed: which processes are the baseline's, the run's, the second measurement's."""
 
-    def __init__(self, bank: Bank, slower: Mapping[str, float], draw: random.Random) -> None:
+    def __init__(self, bank: Bank, mode: str, slower: Mapping[str, float], draw: random.Random) -> None:
         """`slower` has the log by which a cell of the run is slowed down."""
-        self.bank, self.slower, self.names = bank, slower, list(bank.values)
-        self.baseline, self.own, self.again = _stretches(bank.size, (2 * LEAST, 2 * bank.most, 4 * LEAST), draw)
+        self.bank, self.mode, self.slower, self.names = bank, mode, slower, list(bank.values)
+        lengths = {REVISION: (2 * LEAST, bank.most, 4 * LEAST), ALONE: (2 * LEAST, 2 * bank.most, 0)}
+        self.baseline, self.own, self.again = _stretches(bank.size, lengths.get(mode, (0, 0, 8 * LEAST)), draw)
 
     def stored(self, name: str, count: int) -> SpeedChange:
         """Against the baseline, from so many processes."""
@@ -145,20 +147,19 @@ class Run:
         now = [values[i] - self.slower.get(name, 0.0) for i in head]
         return speed.paired_change([values[i] for i in base], now, [times[i] for i in base], [times[i] for i in head])
 
-    def words(self, mode: str) -> tuple[dict[str, str], int]:
+    def words(self) -> tuple[dict[str, str], int]:
         """The verdict of each cell, and how many were measured a second time."""
-        if mode == BESIDE:  # what moved is measured once more there too; the bank has no room for that
-            return _judged(_until(self.names, self.in_turns, 2 * LEAST, speed.DELTA)[0], speed.DELTA), 0
-        delta = speed.DELTA if mode == REVISION else speed.DRIFT
-        found, count = _until(self.names, self.stored, self.bank.most, delta)
-        if mode == REVISION:
+        delta = speed.DRIFT if self.mode == ALONE else speed.DELTA
+        measure, most = (self.in_turns, 2 * LEAST) if self.mode == BESIDE else (self.stored, self.bank.most)
+        found, count = _until(self.names, measure, most, delta)
+        if self.mode == REVISION:
             suspects = [name for name in self.names if abs(found[name].estimate) > delta]
             again = {name: _until([name], self.in_turns, 2 * LEAST, delta)[0][name] for name in suspects}
             quiet = {name: "inconclusive" if speed.wide(found[name], delta) else "ok" for name in self.names}
             return quiet | _judged(again, delta), len(suspects)
         tasks = {_task(name) for name, word in _judged(found, delta).items() if word in MOVED}
         moved = [name for name in self.names if _task(name) in tasks]
-        words = _judged(found | {name: self.stored(name, 2 * count) for name in moved}, delta)
+        words = _judged(found | {name: measure(name, 2 * count) for name in moved}, delta)
         return {name: word if name in moved or word not in MOVED else "ok" for name, word in words.items()}, len(moved)
 
 
@@ -196,7 +197,7 @@ def found(bank: Bank, mode: str, percent: int, runs: int, draw: random.Random) -
     names, hits = list(bank.values), 0
     for index in range(runs):
         cell = names[index % len(names)]
-        hits += Run(bank, {cell: math.log1p(percent / 100)}, draw).words(mode)[0][cell] == "worse"
+        hits += Run(bank, mode, {cell: math.log1p(percent / 100)}, draw).words()[0][cell] == "worse"
     return hits / runs
 
 
@@ -206,7 +207,7 @@ def table(bank: Bank) -> list[str]:
     for mode in MODES:
         alarms = doubtful = again = again_in = 0
         for _ in range(RUNS):
-            words, twice = Run(bank, {}, draw).words(mode)
+            words, twice = Run(bank, mode, {}, draw).words()
             alarms += any(word in MOVED for word in words.values())
             doubtful += sum(word == "inconclusive" for word in words.values())
             again, again_in = again + twice, again_in + bool(twice)
@@ -215,7 +216,7 @@ def table(bank: Bank) -> list[str]:
             f"{100 * alarms / RUNS:.2f} % (at most {worst:.2f} %)",
             *(f"{100 * found(bank, mode, percent, RUNS, draw):.1f} %" for percent in SLOWER),
             f"{100 * doubtful / RUNS / len(bank.values):.1f} %",
-            "" if mode == BESIDE else f"{100 * again_in / RUNS:.0f} % of runs, {again / RUNS:.1f} cells a run",
+            f"{100 * again_in / RUNS:.0f} % of runs, {again / RUNS:.1f} cells a run",
         ]
         rows.append(f"| {mode} | {' | '.join(cells)} |")
     return rows
@@ -280,12 +281,39 @@ def spread(bank: Bank, name: str) -> str:
     return f"| `{name}` | {len(values)} | {' | '.join(f'{number:.1f} %' for number in numbers)} |"
 
 
-def draw_curves(banks: Mapping[str, Bank]) -> None:
+@dataclass(frozen=True)
+class Study:
+    """What is told of one bank."""
+
+    table: str
+    spreads: str
+    curves: dict[str, list[float]]  # percent of slow-downs found, by mode
+
+
+def study(path: Path) -> Study:
+    """Of one bank: some minutes."""
+    state, bank = _state(path), read(path)
+    share, total = coverage(bank)
+    told = (
+        f"**{state}**: {bank.size} processes a cell, at most {bank.most} in a run; of {total} intervals of 95 % "
+        f"{100 * share:.1f} % hold the known ratio"
+    )
+    curves = {
+        mode: [100 * found(bank, mode, percent, CURVE_RUNS, random.Random(1)) for percent in CURVE] for mode in MODES
+    }
+    spreads = "\n".join(spread(bank, name) for name in bank.values)
+    return Study("\n".join([told, "", HEAD, *table(bank)]), f"**{state}**\n\n{SPREADS}\n{spreads}", curves)
+
+
+def _state(path: Path) -> str:
+    return path.stem.partition("-")[2].replace("-", ", ")
+
+
+def draw_curves(studies: Mapping[str, Study]) -> None:
     """study.png: what share of slow-downs each mode finds."""
-    figure, panels = plt.subplots(1, len(banks), figsize=(4.5 * len(banks), 3.6), sharey=True, squeeze=False)
-    for panel, (state, bank) in zip(panels[0], banks.items(), strict=True):
-        for mode, marker in zip(MODES, "os^", strict=True):
-            shares = [100 * found(bank, mode, percent, CURVE_RUNS, random.Random(1)) for percent in CURVE]
+    figure, panels = plt.subplots(1, len(studies), figsize=(3.8 * len(studies), 3.6), sharey=True, squeeze=False)
+    for panel, (state, one) in zip(panels[0], studies.items(), strict=True):
+        for (mode, shares), marker in zip(one.curves.items(), "os^", strict=True):
             panel.plot(CURVE, shares, marker=marker, markersize=4, label=mode)
         panel.set(title=state, xlabel="one cell slower by (%)", ylim=(-3, 103))
         panel.grid(alpha=0.3)
@@ -297,21 +325,15 @@ def draw_curves(banks: Mapping[str, Bank]) -> None:
 
 def main() -> None:
     """Write study.md and study.png."""
-    banks = {path.stem.partition("-")[2]: read(path) for path in sorted(HERE.glob("bank-*.jsonl"), reverse=True)}
-    draw_curves(banks)
-    tables, spreads = [], []
-    for state, bank in banks.items():
-        share, total = coverage(bank)
-        rows = "\n".join(table(bank))
-        tables.append(
-            f"**{state}**: {bank.size} processes a cell, at most {bank.most} in a run; of {total} intervals of 95 % "
-            f"{100 * share:.1f} % hold the known ratio\n\n{HEAD}\n{rows}"
-        )
-        spreads.append(f"**{state}**\n\n{SPREADS}\n" + "\n".join(spread(bank, name) for name in bank.values))
+    paths = sorted(HERE.glob("bank-*.jsonl"), key=lambda path: (path.stem != "bank-quiet", path.stem))
+    with ProcessPoolExecutor() as pool:
+        studies = dict(zip(map(_state, paths), pool.map(study, paths), strict=True))
+    draw_curves(studies)
     text = TEXT.format(
         runs=RUNS, least=LEAST, twice=2 * LEAST, revision=REVISION, alone=ALONE, beside=BESIDE, figure=FIGURE,
         lost=100 * losses(50, RUNS, random.Random(0)), even=100 * losses(0, RUNS, random.Random(0)),
-        tables="\n\n".join(tables), spreads="\n\n".join(spreads),
+        tables="\n\n".join(one.table for one in studies.values()),
+        spreads="\n\n".join(one.spreads for one in studies.values()),
     )  # fmt: skip
     (HERE / "study.md").write_text(text)
     print(text)
