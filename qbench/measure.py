@@ -217,6 +217,13 @@ def memory_cell(
     torch.set_num_threads(threads)
     inputs = evaluate.example_batch(task_config, prepared, batch)
     runs.environment()  # what it imports is no memory of the model
-    with torch.inference_mode():
-        peak = memory_of(lambda: runs.load(Path(program), batch, threads), inputs)
+
+    def load() -> Callable[..., Any]:
+        torch.set_num_threads(threads)  # of this thread, as is the inference mode
+        with torch.inference_mode():
+            model = runs.load(Path(program), batch, threads)
+        run: Callable[..., Any] = torch.inference_mode()(model)
+        return run
+
+    peak = memory_of(load, inputs)
     return {"metrics": {} if peak is None else {"peak_memory_bytes": peak}}
