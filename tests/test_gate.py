@@ -163,6 +163,7 @@ def words(result) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow  # a minute; CI runs the slow tests of this file
 def test_the_life_of_a_gate(project, gate):
     """Missing, accepted, passed, worse, updated, vanished, orphaned, stale, foreign, corrupt."""
     folder = project / "results" / "baseline"
