@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Work:
     cell: Cell
     folder: Path
     started: datetime
+    threads: int  # of the processes that need not be alone
     seconds: float = 0.0
     baselines: Mapping[str, Any] | None = None
     scored: dict[str, Any] = field(default_factory=dict)
@@ -48,21 +50,33 @@ def answer(cells: Sequence[Cell], results: Path, say: Say) -> list[Record]:
     The cells are of one task, backend and measurement, or a single one. A crash, a time-out, an error in a child is a
     `failed` record; a task that cannot be had here a `skipped` one.
     """
-    works = [begin(cell, results, say) for cell in cells]
+    works = begin(cells, results, say)
     alive = [work for work in works if work.error is None]
     for index in range(timed(cells[0]).processes):
         time_once(alive, index, results, say)
     return [finish(work) for work in works]
 
 
-def begin(cell: Cell, results: Path, say: Say) -> Work:
-    """The first half of an answer, in an empty folder: the network quantized, scored and weighed."""
-    work = Work(cell, _empty_folder(run_folder(results, cell.key)), datetime.now(UTC))
-    with _stage(work):
-        work.baselines = _baselines(cell, results)
-        work.scored = _score(work, say)
-        work.weighed = weigh(work, say)
-    return work
+def begin(cells: Sequence[Cell], results: Path, say: Say) -> list[Work]:
+    """The first half of each answer, in an empty folder: the network quantized, scored and weighed.
+
+    Nothing is timed yet: as many at once as there are cores, which they share.
+    """
+    at_once = min(len(cells), threads := identity.answering_environment()["threads"]) or 1
+
+    def one(cell: Cell) -> Work:
+        work = Work(cell, _empty_folder(run_folder(results, cell.key)), datetime.now(UTC), threads=threads // at_once)
+
+        def tell(text: str) -> None:
+            say(text if len(cells) == 1 else f"{cell.name}: {text}")
+
+        with _stage(work, at_once=at_once):
+            work.baselines = _baselines(cell, results)
+            work.scored = _score(work, tell)
+            work.weighed = weigh(work, tell)
+        return work
+
+    return workers.side_by_side([partial(one, cell) for cell in cells], at_once)
 
 
 def time_once(works: Sequence[Work], index: int, results: Path, say: Say) -> None:
@@ -97,8 +111,8 @@ def record_of(work: Work) -> Record:
 
 
 @contextmanager
-def _stage(*works: Work) -> Iterator[None]:
-    """A part of the cells' answers: its time is shared among them, its failure is theirs."""
+def _stage(*works: Work, at_once: int = 1) -> Iterator[None]:
+    """A part of the cells' answers, beside as many others: its time is shared among them, its failure is theirs."""
     clock = time.monotonic()
     try:
         yield
@@ -106,7 +120,7 @@ def _stage(*works: Work) -> Iterator[None]:
         for work in works:
             work.error = error
     for work in works:
-        work.seconds += (time.monotonic() - clock) / len(works)
+        work.seconds += (time.monotonic() - clock) / len(works) / at_once
 
 
 def _baselines(cell: Cell, results: Path) -> Mapping[str, Any] | None:
@@ -181,7 +195,8 @@ def _program(work: Work) -> Path:
 
 
 def _run(function: str, arguments: dict[str, Any], work: Work, say: Say) -> dict[str, Any]:
-    return workers.run(function, arguments, log=work.folder / LOG, say=say, timeout_s=work.cell.measure.timeout_s)
+    limit = work.cell.measure.timeout_s
+    return workers.run(function, arguments, log=work.folder / LOG, say=say, timeout_s=limit, threads=work.threads)
 
 
 def _task(cell: Cell) -> dict[str, Any]:

@@ -20,20 +20,25 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from multiprocessing import connection, forkserver, process
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qbench.config import instantiate as instantiate  # children build their tasks with it
 from qbench.sources import PROJECT_PACKAGES
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 PRELOAD = ["torch", "torchvision", "hydra.utils", "qbench.evaluate", "qbench.measure"]
 TICK_S = 2.0  # how often a waiting parent repeats the last word of a child
 LEAVE_S = 10.0  # how long a child that has answered may take to exit
 LONGEST_SENTENCE = 600
+
+_running: set[process.BaseProcess] = set()
+_starting = threading.Lock()  # the fork server is started, and told the environment, by one thread at a time
 
 
 class WorkerError(RuntimeError):
@@ -57,16 +62,17 @@ def _context() -> multiprocessing.context.ForkServerContext:
 
 def warm_up() -> None:
     """Start the fork server, which loads torch while the caller goes on."""
-    _context()
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11 does not tell it where modules are found
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    with _starting:
+        _context()
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11 does not tell it where modules are found
+        try:
+            forkserver.ensure_running()
+        finally:
+            if before is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = before
 
 
 def stop() -> None:
@@ -76,10 +82,33 @@ def stop() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def side_by_side(calls: Sequence[Callable[[], T]], at_once: int) -> list[T]:
+    """What each of the calls returns, `at_once` of them at a time, each on a thread of its own.
+
+    When one raises, or the caller is interrupted, the others do not begin, and their children end.
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(call) for call in calls]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while wait(futures, timeout=0.1).not_done:
+                for child in list(_running):
+                    _kill(child)
+            raise
+
+
 def run(
-    function: str, arguments: dict[str, Any], *, log: Path, say: Say | None = None, timeout_s: float | None = None
+    function: str,
+    arguments: dict[str, Any],
+    *,
+    log: Path,
+    say: Say | None = None,
+    timeout_s: float | None = None,
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """Call `package.module:function(**arguments)` in a fresh child and return its result.
+    """Call `package.module:function(**arguments)` in a fresh child, where torch has `threads` threads (None: all).
 
     Arguments and result are JSON. A function with a parameter `say` gets one; its texts arrive at `say` here, and the
     last one again every TICK_S. Raises WorkerError for an exception, a crash or a time-out in the child.
@@ -87,14 +116,16 @@ def run(
     log.parent.mkdir(parents=True, exist_ok=True)
     warm_up()
     receiver, sender = _context().Pipe(duplex=False)
-    child = _context().Process(target=_serve, args=(sender, str(log), function, json.dumps(arguments)))
+    child = _context().Process(target=_serve, args=(sender, str(log), function, json.dumps(arguments), threads))
     with receiver:
         try:
             child.start()
+            _running.add(child)
             sender.close()
             answer = _wait(child, receiver, say or (lambda text: None), timeout_s)
             child.join(LEAVE_S)
         finally:
+            _running.discard(child)
             _end(child)
     if "error" in answer:
         raise WorkerError(answer["error"], tuple(answer["types"]), answer["misuse"])
@@ -139,19 +170,27 @@ def _death(exitcode: int | None) -> str:
 
 def _end(child: process.BaseProcess) -> None:
     """End a child that still runs, and what it started itself."""
-    if child.pid is None or not child.is_alive():
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.kill()  # in case it died before it had made its own group
-    child.join()
+    if child.pid is not None and child.is_alive():
+        _kill(child)
+        child.join()
 
 
-def _serve(sender: Any, log: str, function: str, arguments: str) -> None:
+def _kill(child: process.BaseProcess) -> None:
+    """Kill a child's process group, or the child alone where it has not made one yet."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            kill(child.pid or 0, signal.SIGKILL)
+
+
+def _serve(sender: Any, log: str, function: str, arguments: str, threads: int | None) -> None:
     """The whole life of a child."""
     os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which then ends this group
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _redirect_output(log)
+    if threads is not None:
+        import torch  # loaded by the fork server
+
+        torch.set_num_threads(threads)
     module, _, name = function.partition(":")
     try:
         target = getattr(importlib.import_module(module), name)

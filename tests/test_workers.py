@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ def answers(number, say):
     print("printed by Python")
     os.write(1, b"written to the descriptor\n")
     return {"number": number + 1}
+
+
+def threads_of_torch():
+    import torch
+
+    return {"threads": torch.get_num_threads()}
 
 
 def segfaults():
@@ -160,6 +167,25 @@ def test_children_die_with_their_parent(number, tmp_path):
     parent.wait(30)
     children = [int(pid) for pid in pids.read_text().split()]
     assert _until(lambda: not any(_alive(pid) for pid in children), 10)
+
+
+def test_calls_side_by_side_answer_in_their_order(tmp_path):
+    calls = [partial(run, answers, tmp_path, number=number) for number in range(3)]
+    assert workers.side_by_side(calls, at_once=2) == [{"number": 1}, {"number": 2}, {"number": 3}]
+
+
+def test_when_one_call_fails_the_children_of_the_others_end(tmp_path):
+    calls = [partial(run, function, tmp_path) for function in (segfaults, sleeps, sleeps)]
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match="crashed"):
+        workers.side_by_side(calls, at_once=2)
+    assert time.monotonic() - start < 30
+    assert not workers._running
+
+
+def test_a_child_has_the_threads_that_it_is_given(tmp_path):
+    log = tmp_path / "log.txt"
+    assert workers.run(f"{HERE}:threads_of_torch", {}, log=log, threads=1) == {"threads": 1}
 
 
 def test_a_waiting_parent_sleeps(tmp_path):

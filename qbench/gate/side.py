@@ -54,17 +54,17 @@ class Side:
         needed = {cell.baseline for cell in wanted}
         with results.claim(self.results):
             cells = [cell for cell in cells if cell in wanted or cell.question in needed]
-            for cell in identify(cells, prepare_tasks(cells, self.results, Progress())):
-                asked = cell.name in names
-                found = results.read_finished(self.results, cell.key) if cell.is_baseline and not asked else None
-                if found is not None and found.status == "ok":
-                    continue
-                work = begin(cell, self.results, lambda text, name=cell.name: self.say(f"{name}: {text}"))  # type: ignore[misc]
-                if cell.is_baseline:
-                    time_once([work], 0, self.results, self.say)
-                    finish(work)
-                if asked:
-                    self.works[cell.name] = work
+            cells = identify(cells, prepare_tasks(cells, self.results, Progress()))
+            baselines = [cell for cell in cells if cell.is_baseline and (cell.name in names or not self._known(cell))]
+            for work in (works := begin(baselines, self.results, self.say)):
+                time_once([work], 0, self.results, self.say)
+                finish(work)
+            works += begin([cell for cell in cells if not cell.is_baseline], self.results, self.say)
+            self.works = {work.cell.name: work for work in works if work.cell.name in names}
+
+    def _known(self, cell: Cell) -> bool:
+        found = results.read_finished(self.results, cell.key)
+        return found is not None and found.status == "ok"
 
     def groups(self) -> list[list[str]]:
         """The names of the cells that are timed together; those that failed, and fp32, are not timed."""
