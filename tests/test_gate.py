@@ -358,6 +358,50 @@ def test_what_seems_slower_is_measured_beside_the_revision_of_its_baseline(proje
     assert committed(path) is None
 
 
+def broken(project: Path) -> None:
+    """From now on the quantized cell fails; fp32 does not."""
+    task = project / "my" / "task" / "tiny.yaml"
+    task.write_text(task.read_text().replace("fault: none", "fault: no_calibration"))
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_red_and_never_a_baseline(project, gate):
+    folder = project / "results" / "baseline"
+    broken(project)
+    new = gate("--qbench-update")
+    assert (new.ret, words(new)) == (1, {STATIC: "failed"})
+    new.stdout.fnmatch_lines([f"{STATIC.replace('[', '[[]')}: failed", "*cell  failed: *calibration*"])
+    new.stdout.no_fnmatch_line("*Traceback*")
+    assert [path.name for path in folder.iterdir()] == ["tiny[fp32].json"]
+
+    task = project / "my" / "task" / "tiny.yaml"
+    task.write_text(task.read_text().replace("fault: no_calibration", "fault: none"))
+    assert gate("--qbench-update=all").ret == 0
+    stored = (folder / f"{STATIC}.json").read_text()
+    broken(project)
+    again = gate("--qbench-update=all", "-k", "ptsq")
+    assert (again.ret, words(again)) == (1, {STATIC: "failed"})
+    assert (folder / f"{STATIC}.json").read_text() == stored
+
+
+@pytest.mark.slow
+def test_a_cell_may_fail_on_one_side_only(project, gate):
+    (project / ".gitignore").write_text("results/\n__pycache__/\n")
+    git(project, "init", "--quiet")
+    git(project, "add", "-A")
+    git(project, "commit", "--quiet", "-m", "whole")
+    broken(project)
+    head = gate("--qbench-base=HEAD", "-k", "ptsq")
+    assert (head.ret, words(head)) == (1, {STATIC: "failed"})
+    git(project, "commit", "--quiet", "-a", "-m", "broken")
+    git(project, "checkout", "--quiet", "HEAD~1")
+    mended = gate("--qbench-base=HEAD@{1}", "-k", "ptsq", "--qbench-report=json")
+    assert mended.ret == 0, mended.outlines
+    (cell,) = json.loads((project / "results/gate.json").read_text())["cells"]
+    (said,) = [verdict["sentence"] for verdict in cell["verdicts"] if verdict["metric"] == "baseline"]
+    assert said.startswith("it failed on the other side: ")
+
+
 @pytest.mark.slow
 def test_what_a_commit_breaks_is_found_and_named(project, gate):
     """A weight byte, truncating rounding, an ignored option, a layer back in float, a metric that is gone."""
