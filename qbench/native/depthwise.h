@@ -4,32 +4,10 @@ namespace {
 
 constexpr int CHANNELS = 16;  // channels whose sums stay in registers while the taps go by
 
-#if !defined(QB_AVX512)
+#if !defined(QB_AVX2)
 // sums[c] += (x[c] - zero) * w[c]
 inline void tap(const uint8_t* x, int32_t zero, const int16_t* w, int32_t* sums) {
-#ifdef QB_AVX2
-  const __m256i offset = _mm256_set1_epi16(int16_t(zero));
-  const __m256i codes = _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))), offset);
-  const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-  const __m256i low = _mm256_mullo_epi16(codes, weights), high = _mm256_mulhi_epi16(codes, weights);
-  // Sums are kept in the order of the unpacks: 0-3 and 8-11, then 4-7 and 12-15.
-  __m256i* s = reinterpret_cast<__m256i*>(sums);
-  s[0] = _mm256_add_epi32(s[0], _mm256_unpacklo_epi16(low, high));
-  s[1] = _mm256_add_epi32(s[1], _mm256_unpackhi_epi16(low, high));
-#else
   for (int c = 0; c < CHANNELS; ++c) sums[c] += (int32_t(x[c]) - zero) * w[c];
-#endif
-}
-
-inline void in_order(int32_t* sums) {
-#ifdef QB_AVX2
-  __m256i* s = reinterpret_cast<__m256i*>(sums);
-  const __m256i a = s[0], b = s[1];
-  s[0] = _mm256_permute2x128_si256(a, b, 0x20);
-  s[1] = _mm256_permute2x128_si256(a, b, 0x31);
-#else
-  (void)sums;
-#endif
 }
 
 int64_t packed_depthwise_size(int64_t channels, int64_t height, int64_t width) {
@@ -84,7 +62,6 @@ int64_t depthwise(const Weight& centred, const Finish& finish, const Window& v, 
             }
           }
         }
-        in_order(sums);
         alignas(64) float t[TILE];
         finisher.whole(line * v.out_width + column, 1, sums, nullptr, t);
       }
@@ -100,32 +77,105 @@ int64_t depthwise(const Weight& centred, const Finish& finish, const Window& v, 
 
 constexpr int64_t JOINED = 4;
 
+#if defined(QB_VNNI)
+using Tap = int8_t;
+#else
+using Tap = int16_t;  // of q_w - z_w
+#endif
+
+// The codes that 16 channels have in four rows of a column, and the sums of their products: [channels][4] times [channels][4].
+#if defined(QB_AVX512)
+struct Column {
+  __m512i codes;
+  explicit Column(const uint8_t* at) : codes(_mm512_loadu_si512(at)) {}
+};
+
+struct Taps {
+  __m512i sums;
+  explicit Taps(Ints start) : sums(__m512i(start)) {}
+  void add(const Column& q, const Tap* w) { add_products(sums, q.codes, _mm512_loadu_si512(w)); }
+  void add_all(const Column& q, int32_t four) { add_products(sums, q.codes, _mm512_set1_epi32(four)); }
+  Ints total() const { return Ints(sums); }
+};
+#elif defined(QB_VNNI)
+struct Column {
+  __m256i codes[2];
+  explicit Column(const uint8_t* at) : codes{load(at), load(at + 32)} {}
+};
+
+struct Taps {
+  __m256i sums[2];
+  explicit Taps(Ints start) : sums{__m256i(start.low), __m256i(start.high)} {}
+  void add(const Column& q, const Tap* w) {
+    add_products(sums[0], q.codes[0], load(w));
+    add_products(sums[1], q.codes[1], load(w + 32));
+  }
+  void add_all(const Column& q, int32_t four) {
+    add_products(sums[0], q.codes[0], everywhere(four));
+    add_products(sums[1], q.codes[1], everywhere(four));
+  }
+  Ints total() const { return {HalfInts(sums[0]), HalfInts(sums[1])}; }
+};
+#else
+struct Column {
+  __m256i codes[4];  // of four channels each
+  explicit Column(const uint8_t* at) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      codes[i] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + i * 16)));
+  }
+};
+
+struct Taps {
+  Ints start;
+  __m256i sums[4];  // of four channels each, two a channel
+  explicit Taps(Ints from) : start(from) {
+    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+  }
+  void add(const Column& q, const Tap* w) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i * 16));
+      sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(q.codes[i], weights));
+    }
+  }
+  void add_all(const Column&, int32_t) {}
+  Ints total() const {
+    const auto joined = [](__m256i a, __m256i b) { return HalfInts(_mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xD8)); };
+    return start + Ints{joined(sums[0], sums[1]), joined(sums[2], sums[3])};
+  }
+};
+#endif
+
 inline int64_t joins(int64_t height) { return (height + JOINED - 1) / JOINED; }
 
 int64_t packed_depthwise_size(int64_t channels, int64_t height, int64_t width) {
-  return 2 * joins(height) * width * JOINED * rounded_up(channels, CHANNELS);
+  return 2 * joins(height) * width * JOINED * rounded_up(channels, CHANNELS) * int64_t(sizeof(Tap));
 }
 
 // [shift of a row: 0, 1][joined rows][kernel columns][channels][4]; a shift of 1 that does not fit is not used.
-void pack_depthwise(const int8_t* weight, const int32_t*, int64_t channels, int64_t height, int64_t width,
+void pack_depthwise(const int8_t* weight, const int32_t* zero_points, int64_t channels, int64_t height, int64_t width,
                     int8_t* packed, int32_t* totals) {
   const int64_t all = rounded_up(channels, CHANNELS), n = joins(height);
+  const bool centred = sizeof(Tap) > 1 && zero_points;
+  Tap* values = reinterpret_cast<Tap*>(packed);
   std::memset(packed, 0, packed_depthwise_size(channels, height, width));
   std::fill(totals, totals + all, 0);
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t i = 0; i < height; ++i)
       for (int64_t j = 0; j < width; ++j) {
-        const int8_t value = weight[(c * height + i) * width + j];
+        const Tap value = Tap(weight[(c * height + i) * width + j] - (centred ? zero_points[c] : 0));
         totals[c] += value;
         for (int64_t shift = 0; shift < 2 && i + shift < JOINED * n; ++shift) {
           const int64_t row = i + shift;
-          packed[((((shift * n + row / JOINED) * width) + j) * all + c) * JOINED + row % JOINED] = value;
+          values[((((shift * n + row / JOINED) * width) + j) * all + c) * JOINED + row % JOINED] = value;
         }
       }
 }
 
 // [count] bytes of each of four rows as [count][4].
 inline void join(const uint8_t* const* rows, int64_t count, uint8_t* out) {
+#if defined(QB_AVX512)
   for (int64_t i = 0; i < count; i += 64) {
     const uint64_t there = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
     __m512i x[4];
@@ -142,6 +192,25 @@ inline void join(const uint8_t* const* rows, int64_t count, uint8_t* out) {
     _mm512_storeu_si512(to + 128, _mm512_shuffle_i32x4(EF, GH, 0x88));
     _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(EF, GH, 0xDD));
   }
+#else
+  for (int64_t i = 0; i < count; i += 32) {
+    __m256i x[4] = {};
+    for (int r = 0; r < 4; ++r)
+      if (i + 32 <= count)
+        x[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + i));
+      else
+        std::memcpy(&x[r], rows[r] + i, count - i);
+    const __m256i a = _mm256_unpacklo_epi8(x[0], x[1]), b = _mm256_unpackhi_epi8(x[0], x[1]);
+    const __m256i c = _mm256_unpacklo_epi8(x[2], x[3]), d = _mm256_unpackhi_epi8(x[2], x[3]);
+    const __m256i e = _mm256_unpacklo_epi16(a, c), f = _mm256_unpackhi_epi16(a, c);  // lane l: values 16 l + 0-3, 4-7
+    const __m256i g = _mm256_unpacklo_epi16(b, d), h = _mm256_unpackhi_epi16(b, d);  // 8-11, 12-15
+    __m256i* to = reinterpret_cast<__m256i*>(out + i * 4);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(e, f, 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(g, h, 0x20));
+    _mm256_storeu_si256(to + 2, _mm256_permute2x128_si256(e, f, 0x31));
+    _mm256_storeu_si256(to + 3, _mm256_permute2x128_si256(g, h, 0x31));
+  }
+#endif
 }
 
 struct Depthwise {
@@ -192,56 +261,51 @@ struct Depthwise {
   template <int OUT, bool AFFINE>
   void lines(int64_t line, int32_t zero, const uint8_t* joined) const {
     const int64_t step = v.stride_width * channels * JOINED, tap = v.dilation_width * channels * JOINED;
-    const int8_t* packed = weight.values;
+    const Tap* packed = reinterpret_cast<const Tap*>(weight.values);
     const int64_t shift_stride = n * v.kernel_width * all * JOINED;
-    const __m512 high = _mm512_set1_ps(float(finish.q_max - finish.zero_point));
-    const __m512i low = _mm512_set1_epi32(finish.q_min - finish.zero_point), zero_point = _mm512_set1_epi32(finish.zero_point);
+    const float low = float(finish.q_min - finish.zero_point), high = float(finish.q_max - finish.zero_point);
     for (int64_t c = 0; c < channels; c += CHANNELS) {
-      const __mmask16 there = channels - c >= CHANNELS ? 0xFFFF : __mmask16((1 << (channels - c)) - 1);
-      const __m512i total = _mm512_loadu_si512(weight.totals + c);
-      __m512i start = _mm512_mullo_epi32(total, _mm512_set1_epi32(-zero)), zeros = _mm512_setzero_si512();
+      Wrapping from = wrapping_at(weight.totals + c) * uint32_t(-zero), zeros = {};
       if (AFFINE) {
-        zeros = _mm512_loadu_si512(weight.zero_points + c);
-        start = _mm512_add_epi32(start, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(int32_t(taps) * zero)));
+        zeros = wrapping_at(weight.zero_points + c);
+        from += zeros * (uint32_t(taps) * uint32_t(zero));
       }
-      if (codes && finish.bias) start = _mm512_add_epi32(start, _mm512_loadu_si512(finish.bias + c));
-      const __m512 m = _mm512_loadu_ps(finish.multiplier + c);
+      if (codes && finish.bias) from += wrapping_at(finish.bias + c);
+      const Ints start = as_ints(from);
+      const Floats m = lanes_at(finish.multiplier + c);
       int64_t place = 0;
       Finisher finisher(plain, finish, rows, o, all / TILE, 0, c / TILE, 1, false, &place);
       for (int64_t x = 0; x < v.out_width; ++x) {
         const uint8_t* at = joined + x * step + c * JOINED;
-        __m512i sums[OUT], met[OUT];
-        for (int r = 0; r < OUT; ++r) sums[r] = start, met[r] = _mm512_setzero_si512();
+        Taps sums[2] = {Taps(start), Taps(start)}, met[2] = {Taps(Ints{}), Taps(Ints{})};
         for (int64_t g = 0; g < n; ++g)
           for (int64_t j = 0; j < v.kernel_width; ++j) {
-            const __m512i q = _mm512_loadu_si512(at + g * joined_stride() + j * tap);
-            const int8_t* w = packed + ((g * v.kernel_width + j) * all + c) * JOINED;
+            const Column q(at + g * joined_stride() + j * tap);
+            const Tap* w = packed + ((g * v.kernel_width + j) * all + c) * JOINED;
 #pragma GCC unroll 2
             for (int r = 0; r < OUT; ++r) {
-              add_products(sums[r], q, _mm512_loadu_si512(w + r * shift_stride));
-              if (AFFINE) add_products(met[r], q, rows_met(g, r));
+              sums[r].add(q, w + r * shift_stride);
+              if (AFFINE) met[r].add_all(q, rows_met(g, r));
             }
           }
 #pragma GCC unroll 2
         for (int r = 0; r < OUT; ++r) {
-          __m512i acc = sums[r];
-          if (AFFINE) acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(zeros, met[r]));
+          Ints acc = sums[r].total();
+          if (AFFINE) acc = as_ints(as_wrapping(acc) - zeros * as_wrapping(met[r].total()));
           place = ((line + r) * v.out_width + x) * channels;
           if (codes) {
-            const __m512 value = _mm512_min_ps(high, _mm512_mul_ps(_mm512_cvtepi32_ps(acc), m));
-            const __m512i q = _mm512_add_epi32(_mm512_max_epi32(_mm512_cvtps_epi32(value), low), zero_point);
-            _mm_mask_storeu_epi8(static_cast<uint8_t*>(o.y) + place + c, there, _mm512_cvtepi32_epi8(q));
+            const Ints q = rounded_lanes(to_floats(acc) * m, low, high) + finish.zero_point;
+            put(to_bytes(q), channels - c, static_cast<uint8_t*>(o.y) + place + c);
           } else {
-            alignas(64) int32_t exact[CHANNELS];
             alignas(64) float t[TILE];
-            _mm512_store_si512(exact, acc);
-            finisher.whole((line + r) * v.out_width + x, 1, exact, nullptr, t);
+            finisher.whole((line + r) * v.out_width + x, 1, reinterpret_cast<const int32_t*>(&acc), nullptr, t);
           }
         }
       }
     }
   }
 
+#if defined(QB_AVX512)
   // As `lines`, for the kernel that there is most of: three columns, up to four rows, codes to codes.
   template <int OUT>
   void lines_by_three(int64_t line, int32_t zero, const uint8_t* joined) const {
@@ -280,23 +344,29 @@ struct Depthwise {
     }
   }
 
+#endif
+
   // 1 for each joined row that the kernel of row `shift` of the result meets.
-  __m512i rows_met(int64_t g, int shift) const {
+  int32_t rows_met(int64_t g, int shift) const {
     uint32_t ones = 0;
     for (int64_t r = 0; r < JOINED; ++r) {
       const int64_t i = g * JOINED + r - shift;
       if (i >= 0 && i < v.kernel_height) ones |= 1u << (8 * r);
     }
-    return _mm512_set1_epi32(int32_t(ones));
+    return int32_t(ones);
   }
 
   template <int OUT>
   void lines_of(int64_t line, int32_t zero, const uint8_t* joined) const {
-    if (weight.zero_points)
+#if defined(QB_AVX512)
+    const bool by_three = codes && !weight.zero_points && v.kernel_width == 3 && n == 1;
+    if (by_three) lines_by_three<OUT>(line, zero, joined);
+#else
+    constexpr bool by_three = false;
+#endif
+    if (sizeof(Tap) == 1 && weight.zero_points)
       lines<OUT, true>(line, zero, joined);
-    else if (codes && v.kernel_width == 3 && n == 1)
-      lines_by_three<OUT>(line, zero, joined);
-    else
+    else if (!by_three)
       lines<OUT, false>(line, zero, joined);
     uint8_t* y = static_cast<uint8_t*>(o.y) + line * v.out_width * channels;
     if (table) replace(y, OUT * v.out_width * channels, table, y);

@@ -125,8 +125,10 @@ struct Finisher {
 
   // All of it where a layer has one block and nothing to start from: sums [count][wide * TILE] to results.
   void whole(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums, float* t) {
-#if defined(QB_AVX512)
+#if defined(QB_AVX2)
     if (!finish.to_float && !rows.scales && fresh()) return static_codes(row, count, sums, row_sums);
+#endif
+#if defined(QB_AVX512)
     if (finish.to_float && raw && block_ == 0 && !finish.start && !operands.residual)
       return floats_of_rows(row, count, sums, row_sums);
 #endif
@@ -135,27 +137,33 @@ struct Finisher {
     end(count, t);
   }
 
-#if defined(QB_AVX512)
-  // As `whole` for codes with one scale and zero point of x: 64 outputs a turn.
+#if defined(QB_AVX2)
+  enum Kind { PLAIN, WITH_RESIDUAL, ANY };
+
+  // As `whole` for codes with one scale and zero point of x: all tiles a turn.
   void static_codes(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) {
     prepare(zero_of(row));
     const bool plain = !zero_points() && outputs == wide * TILE && below_int32();
     const Kind kind = !plain ? ANY : operands.residual ? WITH_RESIDUAL : PLAIN;
-    if (wide == 4) return tiles_of_codes<4>(kind, count, sums, row_sums);
-    if (wide == 3) return tiles_of_codes<3>(kind, count, sums, row_sums);
-    if (wide == 2) return tiles_of_codes<2>(kind, count, sums, row_sums);
-    return tiles_of_codes<1>(kind, count, sums, row_sums);
+#if defined(QB_AVX512)
+    if (wide == 4) tiles_of_codes<4>(kind, count, sums, row_sums);
+    if (wide == 3) tiles_of_codes<3>(kind, count, sums, row_sums);
+    if (wide == 2) tiles_of_codes<2>(kind, count, sums, row_sums);
+#endif
+    if (wide == 1) tiles_of_codes<1>(kind, count, sums, row_sums);
+    if (finish.table)
+      replace_rows(count, outputs, finish.table, [this](int64_t r) {
+        uint8_t* y = static_cast<uint8_t*>(operands.y) + at(r);
+        return FromTo{y, y};
+      });
   }
 
   // Do all products of sums and multipliers lie within int32? Then what is above the codes needs no clamp as a float.
   bool below_int32() const {
-    __m512 most = _mm512_setzero_ps();
-    for (int n = 0; n < wide; ++n)
-      most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(finish.multiplier + offset + n * TILE)));
-    return _mm512_reduce_max_ps(most) < 0.5f && finish.residual_multiplier < 0x1p20f;
+    bool below = finish.residual_multiplier < 0x1p20f;
+    for (int j = 0; j < wide * TILE; ++j) below &= std::fabs(finish.multiplier[offset + j]) < 0.5f;
+    return below;
   }
-
-  enum Kind { PLAIN, WITH_RESIDUAL, ANY };
 
   template <int C>
   void tiles_of_codes(Kind kind, int64_t count, const int32_t* sums, const int32_t* row_sums) const {
@@ -164,6 +172,7 @@ struct Finisher {
     return rows_of_codes<C, ANY>(count, sums, row_sums);
   }
 
+#if defined(QB_AVX512)
   template <int C, Kind KIND>
   void rows_of_codes(int64_t count, const int32_t* sums, const int32_t* row_sums) const {
     const int32_t* zeros = KIND == ANY ? zero_points() : nullptr;
@@ -216,13 +225,50 @@ struct Finisher {
       else
         _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_castsi512_si128(codes));
     }
-    if (finish.table)
-      replace_rows(count, outputs, finish.table, [this](int64_t r) {
-        uint8_t* y = static_cast<uint8_t*>(operands.y) + at(r);
-        return FromTo{y, y};
-      });
   }
+#else
+  template <int C, Kind KIND>
+  void rows_of_codes(int64_t count, const int32_t* sums, const int32_t* row_sums) const {
+    static_assert(C == 1, "a tile fills the registers of this path");
+    const int32_t* zeros = KIND == ANY ? zero_points() : nullptr;
+    const bool adds = KIND == WITH_RESIDUAL || (KIND == ANY && operands.residual);
+    const __m256 high = _mm256_set1_ps(float(finish.q_max - finish.zero_point));
+    const __m256i zero_point = _mm256_set1_epi16(int16_t(finish.zero_point));
+    const __m128i lowest = _mm_set1_epi8(char(finish.q_min)), highest = _mm_set1_epi8(char(finish.q_max));
+    const __m256i residual_zero = _mm256_set1_epi32(finish.residual_zero_point);
+    const __m256 residual_multiplier = _mm256_set1_ps(finish.residual_multiplier);
+    const auto eight = [](const auto* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); };
+    const __m256 m[2] = {_mm256_loadu_ps(finish.multiplier + offset), _mm256_loadu_ps(finish.multiplier + offset + 8)};
+    const __m256i bias[2] = {eight(shift), eight(shift + 8)};
+    for (int64_t r = 0; r < count; ++r, sums += TILE) {
+      const int64_t to = at(r);
+      __m128i residual = _mm_setzero_si128();
+      if (adds) std::memcpy(&residual, operands.residual + to, KIND == ANY ? outputs : TILE);
+      __m256i q[2];
+#pragma GCC unroll 2
+      for (int n = 0; n < 2; ++n) {
+        __m256i acc = _mm256_add_epi32(eight(sums + n * 8), bias[n]);
+        if (KIND == ANY && zeros)
+          acc = _mm256_sub_epi32(acc, _mm256_mullo_epi32(eight(zeros + n * 8), _mm256_set1_epi32(row_sums[r])));
+        __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(acc), m[n]);
+        if (adds) {
+          const __m256i some = _mm256_cvtepu8_epi32(n ? _mm_srli_si128(residual, 8) : residual);
+          const __m256i centred = _mm256_sub_epi32(some, residual_zero);
+          v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_cvtepi32_ps(centred), residual_multiplier));
+        }
+        q[n] = _mm256_cvtps_epi32(KIND == ANY ? _mm256_min_ps(high, v) : v);  // below int32 as above
+      }
+      const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xD8);
+      const __m256i moved = _mm256_adds_epi16(words, zero_point);
+      __m128i codes = _mm_packus_epi16(_mm256_castsi256_si128(moved), _mm256_extracti128_si256(moved, 1));
+      codes = _mm_min_epu8(_mm_max_epu8(codes, lowest), highest);
+      std::memcpy(static_cast<uint8_t*>(operands.y) + to, &codes, KIND == ANY ? outputs : TILE);
+    }
+  }
+#endif
+#endif
 
+#if defined(QB_AVX512)
   // As `whole` for float32: up to 64 outputs a turn.
   void floats_of_rows(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) const {
     if (wide == 4) return operands.add ? rows_of_floats<4, true>(row, count, sums, row_sums)
