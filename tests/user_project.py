@@ -1,11 +1,11 @@
 """A user's own project: a folder with one module and one YAML, a network so small that a cell takes a few seconds."""
 
-import atexit
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_engine = pytest.mark.skipif(not sources.built(), reason="the native backend is not built here")
 # The lock of timings lies in the folder for temporary files; these tests do not look at times.
 TEMPORARY = tempfile.mkdtemp(prefix="qbench-tests-")
-atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
+# After multiprocessing has removed its own folder in there, which has priority -100.
+Finalize(None, shutil.rmtree, args=(TEMPORARY,), kwargs={"ignore_errors": True}, exitpriority=-200)
 
 TASK = '''
 """A user's task; `fault` breaks it in one of the ways in which tasks break."""

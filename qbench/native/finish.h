@@ -127,9 +127,7 @@ struct Finisher {
   void whole(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums, float* t) {
 #if defined(QB_AVX2)
     if (!finish.to_float && !rows.scales && fresh()) return static_codes(row, count, sums, row_sums);
-#endif
-#if defined(QB_AVX512)
-    if (finish.to_float && raw && block_ == 0 && !finish.start && !operands.residual)
+    if (finish.to_float && block_ == 0 && !finish.start && !operands.residual)
       return floats_of_rows(row, count, sums, row_sums);
 #endif
     if (!fresh()) begin(count, t);
@@ -266,7 +264,6 @@ struct Finisher {
     }
   }
 #endif
-#endif
 
 #if defined(QB_AVX512)
   // As `whole` for float32: up to 64 outputs a turn.
@@ -292,8 +289,8 @@ struct Finisher {
       m[n] = _mm512_loadu_ps(finish.multiplier + from);
       last[n] = finish.last ? _mm512_loadu_ps(finish.last + from) : _mm512_setzero_ps();
       bias[n] = finish.bias ? _mm512_loadu_si512(finish.bias + from) : _mm512_setzero_si512();
-      total[n] = _mm512_loadu_si512(totals + n * TILE);
-      if (zeros)
+      total[n] = raw ? _mm512_loadu_si512(totals + n * TILE) : _mm512_setzero_si512();
+      if (raw && zeros)
         total[n] = _mm512_sub_epi32(total[n], _mm512_mullo_epi32(_mm512_loadu_si512(zeros + n * TILE), _mm512_set1_epi32(int32_t(taps))));
     }
     for (int64_t r = 0; r < count; ++r, sums += C * TILE) {
@@ -317,6 +314,28 @@ struct Finisher {
     }
   }
 
+#else
+  // As `whole` for float32: a tile a turn.
+  void floats_of_rows(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums) const {
+    const int32_t* zeros = zero_points();
+    const bool clamps = finish.low > -INFINITY || finish.high < INFINITY;
+    const Floats m = lanes_at(finish.multiplier + offset), last = finish.last ? lanes_at(finish.last + offset) : Floats{};
+    const Wrapping bias = finish.bias ? wrapping_at(finish.bias + offset) : Wrapping{};
+    const Wrapping zero_points = zeros ? wrapping_at(zeros) : Wrapping{};
+    const Wrapping total = raw ? wrapping_at(weight.totals + offset) - zero_points * uint32_t(taps) : Wrapping{};
+    for (int64_t r = 0; r < count; ++r, sums += TILE) {
+      const int64_t own = rows.of(row + r), to = at(r);
+      Wrapping acc = wrapping_at(sums) + bias;
+      if (raw) acc -= total * uint32_t(rows.zero_points[own]);
+      if (zeros) acc -= zero_points * uint32_t(row_sums[r]);
+      Floats v = to_floats(as_ints(acc)) * (rows.scales ? m * rows.scales[own] : m);
+      if (operands.add) v = (Floats{} + taken<Floats>(operands.add + to, outputs)) + v;  // -0 becomes 0, as in `begin`
+      if (finish.last) v += last;
+      if (clamps) v = at_most(at_least(v, finish.low), finish.high);
+      put(v, outputs, static_cast<float*>(operands.y) + to);
+    }
+  }
+#endif
 #endif
 };
 
