@@ -25,6 +25,7 @@ from qbench.workers import Say, WorkerError
 LOG = "log.txt"
 UNAVAILABLE = "TaskUnavailable"  # the exception by which a task says that it cannot be had here
 LACKING = "RecipeUnavailable"  # the one by which a peer says that it has no such recipe
+SIDE_BY_SIDE = 6  # cells that are answered together: what a kill can lose
 NO_FP32 = "NoBaseline"  # the kind of failure that follows from the fp32 cell's
 
 
@@ -35,7 +36,6 @@ class Work:
     cell: Cell
     folder: Path
     started: datetime
-    threads: int  # of the processes that need not be alone
     seconds: float = 0.0
     baselines: Mapping[str, Any] | None = None
     scored: dict[str, Any] = field(default_factory=dict)
@@ -60,14 +60,15 @@ def answer(cells: Sequence[Cell], results: Path, say: Say) -> list[Record]:
 def begin(cells: Sequence[Cell], results: Path, say: Say) -> list[Work]:
     """The first half of each answer, in an empty folder: the network quantized, scored and weighed.
 
-    Nothing is timed yet: as many at once as there are cores, which they share.
+    Nothing is timed yet: as many at once as there are cores for.
     """
-    at_once = min(len(cells), threads := identity.answering_environment()["threads"]) or 1
+    at_once = max(1, min(len(cells), identity.answering_environment()["threads"] // threads_of_each()))
 
     def one(cell: Cell) -> Work:
-        work = Work(cell, _empty_folder(run_folder(results, cell.key)), datetime.now(UTC), threads=threads // at_once)
+        work = Work(cell, _empty_folder(run_folder(results, cell.key)), datetime.now(UTC))
 
         def tell(text: str) -> None:
+            workers.go_on()
             say(text if len(cells) == 1 else f"{cell.name}: {text}")
 
         with _stage(work, at_once=at_once):
@@ -77,6 +78,11 @@ def begin(cells: Sequence[Cell], results: Path, say: Say) -> list[Work]:
         return work
 
     return workers.side_by_side([partial(one, cell) for cell in cells], at_once)
+
+
+def threads_of_each() -> int:
+    """The threads of a process that is not alone: the same whatever is beside it, as float results depend on them."""
+    return max(1, int(identity.answering_environment()["threads"]) // SIDE_BY_SIDE)
 
 
 def time_once(works: Sequence[Work], index: int, results: Path, say: Say) -> None:
@@ -196,7 +202,8 @@ def _program(work: Work) -> Path:
 
 def _run(function: str, arguments: dict[str, Any], work: Work, say: Say) -> dict[str, Any]:
     limit = work.cell.measure.timeout_s
-    return workers.run(function, arguments, log=work.folder / LOG, say=say, timeout_s=limit, threads=work.threads)
+    threads = None if work.cell.recipe.backend.alone else threads_of_each()
+    return workers.run(function, arguments, log=work.folder / LOG, say=say, timeout_s=limit, threads=threads)
 
 
 def _task(cell: Cell) -> dict[str, Any]:

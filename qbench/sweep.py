@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qbench import report, results, tracking
-from qbench.cell import answer
+from qbench.cell import SIDE_BY_SIDE, answer
 from qbench.compose import Composer
 from qbench.config import UsageError, instantiate
 from qbench.plan import Cell, identify, plan
@@ -22,7 +22,6 @@ from qbench.progress import Pace, Progress, duration
 from qbench.record import Record
 
 OK, FAILED, MISUSE, INTERRUPTED = 0, 1, 2, 130
-SIDE_BY_SIDE = 6  # cells in one timing process: what a kill can lose
 
 
 @dataclass(frozen=True)

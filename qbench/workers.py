@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from multiprocessing import connection, forkserver, process
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +38,10 @@ LEAVE_S = 10.0  # how long a child that has answered may take to exit
 LONGEST_SENTENCE = 600
 
 _running: set[process.BaseProcess] = set()
-_starting = threading.Lock()  # the fork server is started, and told the environment, by one thread at a time
+_stopped = threading.Event()
+# Threads take turns at starting the fork server, which reads the environment, and at asking whether children live:
+# multiprocessing asks it of all of them when it starts one, and an exit code is read once.
+_turn = threading.RLock()
 
 
 class WorkerError(RuntimeError):
@@ -62,7 +65,7 @@ def _context() -> multiprocessing.context.ForkServerContext:
 
 def warm_up() -> None:
     """Start the fork server, which loads torch while the caller goes on."""
-    with _starting:
+    with _turn:
         _context()
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11 does not tell it where modules are found
@@ -87,16 +90,29 @@ def side_by_side(calls: Sequence[Callable[[], T]], at_once: int) -> list[T]:
 
     When one raises, or the caller is interrupted, the others do not begin, and their children end.
     """
+    futures: list[Future[T]] = []
     with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(call) for call in calls]
         try:
+            for call in calls:
+                futures.append(pool.submit(call))
+            for done in wait(futures, return_when=FIRST_EXCEPTION).done:
+                done.result()
             return [future.result() for future in futures]
         except BaseException:
+            _stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            while wait(futures, timeout=0.1).not_done:
+            while not all(future.done() for future in futures):
                 for child in list(_running):
                     _kill(child)
+                time.sleep(0.1)
+            _stopped.clear()
             raise
+
+
+def go_on() -> None:
+    """For a call that waits for something else than a child: raises WorkerError where `side_by_side` has stopped."""
+    if _stopped.is_set():
+        raise WorkerError("stopped")
 
 
 def run(
@@ -113,17 +129,19 @@ def run(
     Arguments and result are JSON. A function with a parameter `say` gets one; its texts arrive at `say` here, and the
     last one again every TICK_S. Raises WorkerError for an exception, a crash or a time-out in the child.
     """
+    go_on()
     log.parent.mkdir(parents=True, exist_ok=True)
     warm_up()
     receiver, sender = _context().Pipe(duplex=False)
     child = _context().Process(target=_serve, args=(sender, str(log), function, json.dumps(arguments), threads))
     with receiver:
         try:
-            child.start()
+            with _turn:
+                child.start()
             _running.add(child)
             sender.close()
             answer = _wait(child, receiver, say or (lambda text: None), timeout_s)
-            child.join(LEAVE_S)
+            _exit_code(child, LEAVE_S)
         finally:
             _running.discard(child)
             _end(child)
@@ -152,8 +170,14 @@ def _wait(child: process.BaseProcess, receiver: Any, say: Say, timeout_s: float 
         say(text)
     else:
         raise WorkerError(f"stopped after {timeout_s:g} s, the limit measure.timeout_s")
-    child.join(LEAVE_S)
-    raise WorkerError(_death(child.exitcode))
+    raise WorkerError(_death(_exit_code(child, LEAVE_S)))
+
+
+def _exit_code(child: process.BaseProcess, seconds: float | None = None) -> int | None:
+    """Of a child that ends within these seconds; None of one that does not."""
+    connection.wait([child.sentinel], seconds)
+    with _turn:
+        return child.exitcode
 
 
 def _death(exitcode: int | None) -> str:
@@ -170,16 +194,17 @@ def _death(exitcode: int | None) -> str:
 
 def _end(child: process.BaseProcess) -> None:
     """End a child that still runs, and what it started itself."""
-    if child.pid is not None and child.is_alive():
+    if child.pid is not None and _exit_code(child, 0) is None:
         _kill(child)
-        child.join()
+        _exit_code(child)
 
 
 def _kill(child: process.BaseProcess) -> None:
     """Kill a child's process group, or the child alone where it has not made one yet."""
+    assert child.pid
     for kill in (os.killpg, os.kill):
-        with contextlib.suppress(ProcessLookupError):
-            kill(child.pid or 0, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(child.pid, signal.SIGKILL)
 
 
 def _serve(sender: Any, log: str, function: str, arguments: str, threads: int | None) -> None:

@@ -174,13 +174,25 @@ def test_calls_side_by_side_answer_in_their_order(tmp_path):
     assert workers.side_by_side(calls, at_once=2) == [{"number": 1}, {"number": 2}, {"number": 3}]
 
 
-def test_when_one_call_fails_the_children_of_the_others_end(tmp_path):
-    calls = [partial(run, function, tmp_path) for function in (segfaults, sleeps, sleeps)]
+def test_when_one_call_fails_the_others_end_or_never_begin(tmp_path):
+    calls = [partial(run, function, tmp_path / str(n)) for n, function in enumerate([sleeps, segfaults, *[sleeps] * 6])]
     start = time.monotonic()
     with pytest.raises(WorkerError, match="crashed"):
         workers.side_by_side(calls, at_once=2)
     assert time.monotonic() - start < 30
     assert not workers._running
+    assert len(list(tmp_path.iterdir())) <= 3
+    assert workers.side_by_side([partial(run, answers, tmp_path, number=1)], at_once=1) == [{"number": 2}]
+
+
+def test_a_call_that_waits_for_something_else_ends_when_another_fails(tmp_path):
+    def waits():
+        while True:
+            time.sleep(0.05)
+            workers.go_on()
+
+    with pytest.raises(WorkerError, match="crashed"):
+        workers.side_by_side([waits, partial(run, segfaults, tmp_path)], at_once=2)
 
 
 def test_a_child_has_the_threads_that_it_is_given(tmp_path):

@@ -142,7 +142,8 @@ struct Taps {
   void add_all(const Column&, int32_t) {}
   Ints total() const {
     const auto joined = [](__m256i a, __m256i b) { return HalfInts(_mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xD8)); };
-    return start + Ints{joined(sums[0], sums[1]), joined(sums[2], sums[3])};
+    const Ints all{joined(sums[0], sums[1]), joined(sums[2], sums[3])};
+    return as_ints(as_wrapping(start) + as_wrapping(all));
   }
 };
 #endif
