@@ -79,8 +79,8 @@ def works_of(results: Path) -> dict[str, list[Work]]:
     for cell in cells:
         if cell.is_baseline:
             answer([cell], results, lambda text: None)
-        else:
-            by_task.setdefault(cell.job.choices["task"], []).append(begin(cell, results, lambda text: None))
+    for work in begin([cell for cell in cells if not cell.is_baseline], results, lambda text: None):
+        by_task.setdefault(work.cell.job.choices["task"], []).append(work)
     return by_task
 
 

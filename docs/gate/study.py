@@ -42,6 +42,7 @@ REVISION, ALONE, BESIDE = "stored baseline, in git", "stored baseline alone", "-
 MODES = (REVISION, ALONE, BESIDE)
 MOVED = ("worse", "better")
 FIGURE = "study.png"
+REAL = "real-runs.jsonl"  # made by real.py
 HEAD = """| | runs with a false alarm | 5 % slower, found | 10 % slower, found | cells inconclusive | measured twice |
 |---|---|---|---|---|---|"""
 SPREADS = """| cell | processes | spread | from stretches | at equal times of fp32 |
@@ -75,7 +76,9 @@ A score is judged by its metric's paired test and by what matters (0.3 points of
 0.45 to 0.55 points on 10,000 examples, where 150 are decided otherwise, {lost:.1f} % are called worse; of as many that
 decide 150 otherwise by chance alone, {even:.1f} % are called worse or better.
 
-Two limits: the runs draw on the same processes again and again, so the shares are less certain than {runs} independent
+{confirmed}
+
+Two limits: the replayed runs draw on the same processes again and again, so the shares are less certain than {runs} independent
 runs would make them (the bounds take them for independent); and baseline and run come from one session on one machine,
 so that what shifts from day to day is not in them.
 """
@@ -323,6 +326,22 @@ def draw_curves(studies: Mapping[str, Study]) -> None:
     figure.savefig(HERE / FIGURE, dpi=120)
 
 
+def confirmed() -> str:
+    """What the real runs of real.py say."""
+    runs = [json.loads(line) for line in (HERE / REAL).read_text().splitlines()]
+    red, seconds = sum(run["exit code"] != 0 for run in runs), sorted(run["seconds"] for run in runs)
+    words = [word for run in runs for cell in run["words"].values() for word in cell.values()]
+    told = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words)) or "nothing else"
+    peaks = [[run["memory"][name] for run in runs] for name in runs[0]["memory"]]
+    apart = max(max(peak) - min(peak) for peak in peaks) / 1024
+    return (
+        f"Confirmed by {len(runs)} real runs of the whole sweep one after another on unchanged code (`real.py`, `{REAL}`), "
+        f"on a machine of another kind than the banks': {red} of them red; {statistics.median(seconds):.0f} s each in "
+        f"the median ({seconds[0]} to {seconds[-1]}). Beside `ok` they say, in all: {told}. The peak memory of a cell "
+        f"differs by at most {apart:.0f} KiB between runs."
+    )
+
+
 def main() -> None:
     """Write study.md and study.png."""
     paths = sorted(HERE.glob("bank-*.jsonl"), key=lambda path: (path.stem != "bank-quiet", path.stem))
@@ -333,7 +352,7 @@ def main() -> None:
         runs=RUNS, least=LEAST, twice=2 * LEAST, revision=REVISION, alone=ALONE, beside=BESIDE, figure=FIGURE,
         lost=100 * losses(50, RUNS, random.Random(0)), even=100 * losses(0, RUNS, random.Random(0)),
         tables="\n\n".join(one.table for one in studies.values()),
-        spreads="\n\n".join(one.spreads for one in studies.values()),
+        spreads="\n\n".join(one.spreads for one in studies.values()), confirmed=confirmed(),
     )  # fmt: skip
     (HERE / "study.md").write_text(text)
     print(text)
