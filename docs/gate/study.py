@@ -78,9 +78,9 @@ decide 150 otherwise by chance alone, {even:.1f} % are called worse or better.
 
 {confirmed}
 
-Two limits: the replayed runs draw on the same processes again and again, so the shares are less certain than {runs} independent
-runs would make them (the bounds take them for independent); and baseline and run come from one session on one machine,
-so that what shifts from day to day is not in them.
+Two limits: the replayed runs draw on the same processes again and again, so the shares are less certain than {runs}
+independent runs would make them (the bounds take them for independent); and baseline and run come from one session on
+one machine, so that what shifts from day to day is not in them.
 """
 Measure = Callable[[str, int], SpeedChange]  # of a cell, from so many processes
 Loops = dict[str, list[float]]
@@ -335,10 +335,10 @@ def confirmed() -> str:
     peaks = [[run["memory"][name] for run in runs] for name in runs[0]["memory"]]
     apart = max(max(peak) - min(peak) for peak in peaks) / 1024
     return (
-        f"Confirmed by {len(runs)} real runs of the whole sweep one after another on unchanged code (`real.py`, `{REAL}`), "
-        f"on a machine of another kind than the banks': {red} of them red; {statistics.median(seconds):.0f} s each in "
-        f"the median ({seconds[0]} to {seconds[-1]}). Beside `ok` they say, in all: {told}. The peak memory of a cell "
-        f"differs by at most {apart:.0f} KiB between runs."
+        f"Confirmed by {len(runs)} real runs of the whole sweep, one after another, on unchanged code (`real.py`, "
+        f"`{REAL}`) and on a machine of another kind than the banks': {red} of them red; {seconds[0]} to {seconds[-1]} s "
+        f"each, {statistics.median(seconds):.0f} in the median. Beside `ok` they say, in all: {told}. The peak memory "
+        f"of a cell differs by at most {apart:.0f} KiB between runs."
     )
 
 
