@@ -96,8 +96,8 @@ def peak() -> float:
     return float(count / min(times.medians_ms["peak"]) / 1e6)
 
 
-def time_kernels(model: Any, inputs: tuple[Any, ...]) -> list[KernelTime]:
-    """Each operation of the program alone, in the order of execution."""
+def time_kernels(model: Any, inputs: tuple[Any, ...], block_s: float = 0.02) -> list[KernelTime]:
+    """Each operation of the program alone, in the order of execution, from three blocks of calls of so many seconds."""
     import torch
     from torch.utils import _pytree as pytree
 
@@ -117,7 +117,9 @@ def time_kernels(model: Any, inputs: tuple[Any, ...]) -> list[KernelTime]:
             count = macs.int8 + macs.float32 - before
             first = next((leaf for leaf in args if isinstance(leaf, torch.Tensor)), None)
             if first is not None:
-                times = time_blocks({"it": partial(target, *args, **kwargs)}, Timing(rounds=3, block_s=0.02, pause_s=0))
+                times = time_blocks(
+                    {"it": partial(target, *args, **kwargs)}, Timing(rounds=3, block_s=block_s, pause_s=0)
+                )
                 ms = min(times.medians_ms["it"])
                 name, shape = self.current, tuple(first.shape)
                 found.append(KernelTime(name, getattr(target, "__name__", str(target)), shape, ms, count))
@@ -152,7 +154,7 @@ def operations_ms(
 
     torch.set_num_threads(Measure.of(measure).threads_of(1))
     inputs = evaluate.example_batch(task_config, prepared, 1)
-    return {row.name: row.ms for row in time_kernels(load(Path(program), "native"), inputs)}
+    return {row.name: row.ms for row in time_kernels(load(Path(program), "native"), inputs, block_s=0.004)}
 
 
 if __name__ == "__main__":

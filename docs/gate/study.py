@@ -336,8 +336,8 @@ def confirmed() -> str:
     apart = max(max(peak) - min(peak) for peak in peaks) / 1024
     return (
         f"Confirmed by {len(runs)} real runs of the whole sweep, one after another, on unchanged code (`real.py`, "
-        f"`{REAL}`) and on a machine of another kind than the banks': {red} of them red; {seconds[0]} to "
-        f"{seconds[-1]} s each, {statistics.median(seconds):.0f} in the median. Beside `ok` they say, in all: {told}. The peak memory "
+        f"`{REAL}`) and on a machine of another kind than the banks': {red} of them red; {seconds[0]} to {seconds[-1]} s"
+        f" each, {statistics.median(seconds):.0f} in the median. Beside `ok` they say, in all: {told}. The peak memory "
         f"of a cell differs by at most {apart:.0f} KiB between runs."
     )
 

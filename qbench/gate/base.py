@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,10 @@ from typing import Any
 
 from qbench.config import UsageError
 from qbench.gate.baseline import Baseline, BaselineError
+from qbench.native import sources
 
 BUILD_S = 900.0
+SOURCES = (".cpp", ".h", ".inc", ".py")  # of the engine and its build
 
 
 class BaseSide:
@@ -178,7 +181,11 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def _build_engine(tree: Path) -> None:
     """Where the repository is qbench itself, the revision's engine from the revision's sources."""
-    if not (tree / "qbench" / "native" / "build.py").exists():
+    folder = tree / "qbench" / "native"
+    if not (folder / "build.py").exists():
+        return
+    if sources.built() and _alike(folder, sources.FOLDER):
+        shutil.copy(sources.LIBRARY, folder)  # as a build would make it
         return
     command = [sys.executable, "-m", "qbench.native.build"]
     try:
@@ -187,6 +194,14 @@ def _build_engine(tree: Path) -> None:
         raise UsageError(f"--qbench-base: building the engine took more than {BUILD_S:g} s") from error
     if ended.returncode:
         raise UsageError(f"--qbench-base: the engine of the revision cannot be built: {ended.stderr.strip()[-300:]}")
+
+
+def _alike(folder: Path, other: Path) -> bool:
+    """Do two folders have the same source files?"""
+    sides = [
+        {path.name: path.read_bytes() for path in one.iterdir() if path.suffix in SOURCES} for one in (folder, other)
+    ]
+    return sides[0] == sides[1]
 
 
 def _serve(asked: Mapping[str, Any]) -> None:

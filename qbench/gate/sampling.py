@@ -3,14 +3,14 @@
 The rounds of the tasks take turns, so that what drifts on a machine reaches all of them. Sampling stops when the
 intervals are narrow, never because of what they say. What looks slower or faster is timed once more: in turns with the
 revision in which its baseline was committed, and judged on that; where git has none, as often again, and judged on all
-of it.
+of it. Time is kept for that: where there is a revision, more processes are taken beside it only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from qbench import cell as cells_module
@@ -55,6 +55,7 @@ class Sampling:
         self.confirmed: set[str] = set()  # cells that were measured a second time: only they can be worse or better
         self.turns: dict[str, Turns] = {}
         self.revisions: dict[str, str] = {}
+        self.started = time.monotonic()
         if base is None and at is not None and not settings.update:
             files = {name: settings.baseline / file_name(name) for name, b in stored.items() if isinstance(b, Baseline)}
             self.revisions = {name: revision for name, path in files.items() if (revision := committed(path))}
@@ -62,12 +63,14 @@ class Sampling:
     def first(self) -> None:
         """As many processes as the measurement asks for, LEAST at least; more while an interval is wide and time lasts.
 
-        Twice as many at most. Baselines, with which later runs are compared, rest on twice as many in any case.
+        Twice as many at most, and for cells without a revision alone. Baselines, with which later runs are compared,
+        rest on twice as many in any case.
         """
-        started = time.monotonic()
+        self.started = time.monotonic()
         goal = 2 * self.least if self.settings.update else self.least
+        alone = set(self.stored) - self.revisions.keys()
         for index in range(2 * self.least):
-            if index >= goal and (self._late(started) or not self._wide()):
+            if index >= goal and (self._late() or not self._wide(alone)):
                 break
             for group in self.groups:
                 self._time(group, index, self.base)
@@ -126,19 +129,20 @@ class Sampling:
     def _in_turns(self, revision: str, names: Sequence[str]) -> None:
         """Processes of the cells in turns with those of a revision, as many as `first` takes. Raises UsageError."""
         assert self.at is not None
+        groups = [some for group in self.groups if (some := [name for name in group if name in names])]
+        begun = {name: len(self.side.works[name].timings) for name in names}
         with contextlib.closing(self.at(revision)) as base:
             base.begin(names)
-            for group in [[name for name in group if name in names] for group in self.groups]:
-                begun, started = {name: len(self.side.works[name].timings) for name in group}, time.monotonic()
-                for index in range(2 * self.least if group else 0):
-                    if index >= self.least and (self._late(started) or not self._wide(group)):
-                        break
+            for index in range(2 * self.least):
+                if index >= self.least:
+                    groups = [] if self._late() else [group for group in groups if self._wide(group)]
+                for group in groups:
                     self._time(group, index, base, begun[group[0]])
                     for name, found in base.baselines(group).items():
                         if not isinstance(found, Baseline):
                             raise UsageError(f"{name}: revision {revision[:12]} has no such cell, or it fails there")
                         self.turns[name] = Turns(revision, begun[name], found)
-                self.confirmed |= set(group)
+        self.confirmed |= set(names)
 
     def _time(self, group: list[str], index: int, base: BaseSide | None, begun: int = 0) -> None:
         """One process of a group, `begun` others aside; the base's before or after it."""
@@ -151,10 +155,9 @@ class Sampling:
         if self.base is not None:
             self.stored |= self.base.baselines(group)
 
-    def _wide(self, names: Sequence[str] | None = None) -> bool:
-        tests = self.judged().items()
-        return any(speed.wide(test.change, test.delta) for key, test in tests if names is None or key[0] in names)
+    def _wide(self, names: Collection[str]) -> bool:
+        return any(speed.wide(test.change, test.delta) for key, test in self.judged().items() if key[0] in names)
 
-    def _late(self, started: float) -> bool:
+    def _late(self) -> bool:
         sides = 1 if self.base is None else 2
-        return time.monotonic() - started > sides * self.settings.time_limit_s
+        return time.monotonic() - self.started > sides * self.settings.time_limit_s

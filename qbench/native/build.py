@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qbench.native import sources
@@ -45,14 +46,22 @@ def build() -> str | None:
         exports = Path(folder) / "exports"  # the standard library's templates would be seen outside otherwise
         exports.write_text("{ global: qb_*; local: *; };\n")
         link = [compiler, *LINK_FLAGS, f"-Wl,--version-script={exports}", "-o", library, *objects]
-        for command in [*commands, link]:
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-            except OSError as error:
-                return f"{compiler} does not run ({error.strerror})"
-            if done.returncode:
-                return f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
+            reasons = list(pool.map(_why_not, commands))
+        if reason := next(filter(None, reasons), None) or _why_not(link):
+            return reason
         Path(library).replace(sources.LIBRARY)
+    return None
+
+
+def _why_not(command: list[str]) -> str | None:
+    """Run a command of the compiler; returns why it failed, in a line."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{command[0]} does not run ({error.strerror})"
+    if done.returncode:
+        return f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
     return None
 
 
