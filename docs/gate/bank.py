@@ -5,8 +5,8 @@
 
 appends to docs/gate/bank-quiet.jsonl: one line a process and task, the block medians of fp32 (`eager`) and each cell in
 milliseconds by round. Every LOOPS_EVERY-th process also times LOOPS of calls of one cell a task: contestants whose
-ratios are known by construction. The first line tells the machine, and how many processes fit into a run of the gate
-(`most`). A run that was ended goes on where it was.
+ratios are known by construction. The first line tells the machine, and how many processes of every cell take 150 s
+(`most`, 20 at most). A run that was ended goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 from qbench import identity, timing_lock, workers
 from qbench.cell import Work, answer, begin, time_once
 from qbench.compose import Composer
-from qbench.gate.settings import Settings
 from qbench.plan import identify, plan
 from qbench.preparation import prepare_tasks
 from qbench.progress import Progress
 
 HERE = Path(__file__).resolve().parent
+MOST_S = 150.0
 LEAST = 10  # processes of conf/measure/ci.yaml
 LOOPS = (20, 21, 22, 40)  # calls in a loop: the ratio of two loops is that of their numbers
 LOOPED = "ptsq-per_channel-symmetric"
@@ -104,9 +104,9 @@ def collect(path: Path, count: int, works: dict[str, list[Work]], results: Path)
 
 
 def _head(seconds: float) -> dict[str, Any]:
-    """The machine, and how many processes of every cell fit into a run, of which one takes `seconds`."""
+    """The machine, and how many processes of every cell, of which one takes `seconds`, take MOST_S."""
     known = identity.environment()
-    most = min(2 * LEAST, int(Settings(Path(), Path(), "").time_limit_s / seconds))
+    most = min(2 * LEAST, int(MOST_S / seconds))
     return {**{key: known.get(key) for key in ("cpu", "torch", "threads", "kernel_path")}, "most": most}
 
 

@@ -25,6 +25,7 @@ from matplotlib import pyplot as plt
 
 from qbench import evidence
 from qbench.gate import baseline, judge, speed
+from qbench.gate.settings import Settings
 from qbench.gate.speed import SpeedChange
 from qbench.statistics import clopper_pearson
 
@@ -42,6 +43,9 @@ REVISION, ALONE, BESIDE = "stored baseline, in git", "stored baseline alone", "-
 MODES = (REVISION, ALONE, BESIDE)
 MOVED = ("worse", "better")
 FIGURE = "study.png"
+MOST_S = 150.0  # see Bank.most
+LIMIT_S = Settings(Path(), Path(), "").time_limit_s
+SETUP_S = 30.0  # of a revision, until its first process
 REAL = "real-runs.jsonl"  # made by real.py
 HEAD = """| | runs with a false alarm | 5 % slower, found | 10 % slower, found | cells inconclusive | measured twice |
 |---|---|---|---|---|---|"""
@@ -51,10 +55,11 @@ TEXT = """# How far the gate can be trusted
 
 Gate runs replayed from banks of recorded timing processes (`bank-*.jsonl`, made by `bank.py`; this page is made by
 `study.py`), with the shipped rules of `qbench/gate/speed.py` and the measurement of `conf/measure/ci.yaml`: {least}
-processes a cell, more while an interval is wide and the time limit allows it; a baseline of {twice}; {least} to {twice}
-pairs in turns. {runs} runs of the whole sweep in each number; baseline, run and second measurement are stretches of
-processes that followed each other, none used twice in a run. A slow-down is the logarithm added to one cell (each as
-often as the others); that ratios come out as they should is tested with loops of 20, 21, 22 and 40 calls of one object.
+processes a cell; a baseline of {twice}; in turns {least} pairs, up to {twice} while an interval is wide and the time
+limit allows it; as many beyond {least} where there is no revision. {runs} runs of the whole sweep in each number;
+baseline, run and second measurement are stretches of processes that followed each other, none used twice in a run. A
+slow-down is the logarithm added to one cell (each as often as the others); that ratios come out as they should is
+tested with loops of 20, 21, 22 and 40 calls of one object.
 
 - **{revision}**: `pytest --qbench` where the baseline was committed. A cell that seems to differ by more than 2 % is
   measured once more, in turns with the revision of its baseline, and judged on that alone.
@@ -90,7 +95,7 @@ Loops = dict[str, list[float]]
 class Bank:
     """By cell, of each process the value (log speed-up) and the log of fp32's time; `loops` are those of known ratio.
 
-    `most` processes fit into the time limit of a run.
+    `most` processes of all cells take MOST_S, or less.
     """
 
     values: dict[str, list[float]]
@@ -132,7 +137,7 @@ class Run:
     def __init__(self, bank: Bank, mode: str, slower: Mapping[str, float], draw: random.Random) -> None:
         """`slower` has the log by which a cell of the run is slowed down."""
         self.bank, self.mode, self.slower, self.names = bank, mode, slower, list(bank.values)
-        lengths = {REVISION: (2 * LEAST, bank.most, 4 * LEAST), ALONE: (2 * LEAST, 2 * bank.most, 0)}
+        lengths = {REVISION: (2 * LEAST, LEAST, 4 * LEAST), ALONE: (2 * LEAST, 2 * bank.most, 0)}
         self.baseline, self.own, self.again = _stretches(bank.size, lengths.get(mode, (0, 0, 8 * LEAST)), draw)
 
     def stored(self, name: str, count: int) -> SpeedChange:
@@ -150,14 +155,22 @@ class Run:
         now = [values[i] - self.slower.get(name, 0.0) for i in head]
         return speed.paired_change([values[i] for i in base], now, [times[i] for i in base], [times[i] for i in head])
 
+    def pairs(self, tasks: int) -> int:
+        """How many pairs of the cells of so many tasks fit into the time limit, after LEAST processes of all cells."""
+        of_all = MOST_S / self.bank.most
+        left = LIMIT_S - SETUP_S - LEAST * of_all
+        tasks_of_all = len({_task(name) for name in self.names})
+        return max(LEAST, min(2 * LEAST, int(left / (2 * of_all * max(1, tasks) / tasks_of_all))))
+
     def words(self) -> tuple[dict[str, str], int]:
         """The verdict of each cell, and how many were measured a second time."""
         delta = speed.DRIFT if self.mode == ALONE else speed.DELTA
         measure, most = (self.in_turns, 2 * LEAST) if self.mode == BESIDE else (self.stored, self.bank.most)
-        found, count = _until(self.names, measure, most, delta)
+        found, count = _until(self.names, measure, LEAST if self.mode == REVISION else most, delta)
         if self.mode == REVISION:
             suspects = [name for name in self.names if abs(found[name].estimate) > delta]
-            again = {name: _until([name], self.in_turns, 2 * LEAST, delta)[0][name] for name in suspects}
+            pairs = self.pairs(len({_task(name) for name in suspects}))
+            again = {name: _until([name], self.in_turns, pairs, delta)[0][name] for name in suspects}
             quiet = {name: "inconclusive" if speed.wide(found[name], delta) else "ok" for name in self.names}
             return quiet | _judged(again, delta), len(suspects)
         tasks = {_task(name) for name, word in _judged(found, delta).items() if word in MOVED}
@@ -336,9 +349,9 @@ def confirmed() -> str:
     apart = max(max(peak) - min(peak) for peak in peaks) / 1024
     return (
         f"Confirmed by {len(runs)} real runs of the whole sweep, one after another, on unchanged code (`real.py`, "
-        f"`{REAL}`) and on a machine of another kind than the banks': {red} of them red; {seconds[0]} to {seconds[-1]} s"
-        f" each, {statistics.median(seconds):.0f} in the median. Beside `ok` they say, in all: {told}. The peak memory "
-        f"of a cell differs by at most {apart:.0f} KiB between runs."
+        f"`{REAL}`) and on a machine of another kind than the banks': {red} of them red; {seconds[0]} to "
+        f"{seconds[-1]} s each, {statistics.median(seconds):.0f} in the median. Beside `ok` they say, in all: {told}. "
+        f"The peak memory of a cell differs by at most {apart:.0f} KiB between runs."
     )
 
 
