@@ -102,7 +102,7 @@ def time_kernels(model: Any, inputs: tuple[Any, ...], block_s: float = 0.02) -> 
     from torch.utils import _pytree as pytree
 
     from qbench.program import Macs, lower_graph
-    from qbench.timing import Timing, time_blocks
+    from qbench.timing import Timing, no_garbage_collection, time_blocks
 
     macs = Macs()
     module = lower_graph(model.program, model.backend, macs)
@@ -129,7 +129,7 @@ def time_kernels(model: Any, inputs: tuple[Any, ...], block_s: float = 0.02) -> 
             self.current = n.name
             return super().run_node(n)
 
-    with torch.inference_mode():
+    with torch.inference_mode(), no_garbage_collection():
         Timed(module).run(*pytree.tree_leaves(inputs))
     return found
 

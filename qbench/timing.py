@@ -89,7 +89,7 @@ def time_blocks(
     timing, order = timing or Timing(), random.Random(seed)
     calls: dict[str, list[float]] = {name: [] for name in contestants}
     medians: dict[str, list[float]] = {name: [] for name in contestants}
-    with _no_garbage_collection():
+    with no_garbage_collection():
         settled, alone = {}, {}
         for name, call in contestants.items():
             settled[name] = _warm_up(call, timing, clock, sleep)
@@ -153,10 +153,12 @@ def _warm_up_block(call: Call, block_s: float, clock: Callable[[], float]) -> li
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Collect garbage once, which takes a tenth of a second with torch loaded, and then rest; within another: rest."""
     enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
+    if enabled:
+        gc.collect()
+        gc.disable()
     try:
         yield
     finally:

@@ -16,9 +16,11 @@ import scipy.special  # noqa: F401
 from user_project import ROOT, TEMPORARY, make, needs_engine, qbench
 
 from qbench import compare, workers
-from qbench.gate import session, speed  # noqa: F401
+from qbench.config import UsageError
+from qbench.gate import base, session, speed  # noqa: F401
 from qbench.gate.base import committed
 from qbench.gate.baseline import read
+from qbench.native import sources
 
 pytestmark = needs_engine
 
@@ -416,6 +418,20 @@ def test_what_a_commit_breaks_is_found_and_named(project, gate):
     task.write_text(whole)
     again = gate("-k", "ptsq")
     assert again.ret == 0, again.outlines
+
+
+def test_an_engine_of_the_same_sources_is_not_built_again(tmp_path, monkeypatch):
+    folder = tmp_path / "qbench" / "native"
+    shutil.copytree(sources.FOLDER, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "qbench" / "__init__.py", tmp_path / "qbench")
+    monkeypatch.setenv("PATH", "")  # no compiler
+    monkeypatch.delenv("CXX", raising=False)
+    base._build_engine(tmp_path)
+    assert (folder / sources.LIBRARY.name).read_bytes() == sources.LIBRARY.read_bytes()
+    with (folder / "norm.h").open("a") as header:
+        header.write("// changed\n")
+    with pytest.raises(UsageError, match=r"the engine of the revision cannot be built: .*no C"):
+        base._build_engine(tmp_path)
 
 
 def test_the_oldest_revision_of_a_shallow_clone_is_nobodys(tmp_path):
