@@ -456,6 +456,7 @@ def test_the_oldest_revision_of_a_shallow_clone_is_nobodys(tmp_path):
     [
         (("--qbench-base=HEAD",), "qbench: --qbench-base: git rev-parse --verify: fatal: not a git repository"),
         (("--qbench-base=HEAD", "--qbench-update"), "give one of them"),
+        (("--qbench-time-limit=soon",), "qbench: --qbench-time-limit=soon: give seconds"),
         (("--qbench-limit=speed=2%",), "qbench: limit 'speed=2%': no metric 'speed'"),
         (("--qbench-sweep=nothing",), "qbench: sweep=nothing: allowed are"),
         (("--qbench-sweep=task=tiny methd=ptsq",), "qbench: unknown option 'methd'; did you mean method?"),

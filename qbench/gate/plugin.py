@@ -50,6 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--qbench-base", metavar="REV", help="compare with this git revision, measured beside it in turns")
     group.addoption(
+        "--qbench-time-limit",
+        metavar="S",
+        help="seconds of timing (twice that with a base) after which no more processes make an interval narrower",
+    )
+    group.addoption(
         "--qbench-report",
         choices=("json", "md"),
         action="append",
@@ -60,6 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("qbench_config_dir", "a folder with your own tasks and sweeps", default="")
     parser.addini("qbench_results", "where results go", default="results")
     parser.addini("qbench_baseline", "where baselines are", default="")
+    parser.addini("qbench_time_limit", "seconds, as --qbench-time-limit", default="")
     parser.addini("qbench_limits", "one limit a line, as --qbench-limit", type="linelist", default=[])
 
 

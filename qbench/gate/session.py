@@ -19,7 +19,7 @@ from qbench.gate import report
 from qbench.gate.base import BaseSide, commit, share_cache
 from qbench.gate.limits import parse
 from qbench.gate.run import accept, orphans, run
-from qbench.gate.settings import Settings
+from qbench.gate.settings import TIME_LIMIT_S, Settings
 from qbench.gate.side import Side
 from qbench.gate.verdict import FAILED, LIMIT, Outcome, Verdict
 
@@ -41,7 +41,8 @@ class GateSession:
         baseline = from_here(self._root / chosen("baseline")) if chosen("baseline") else results / "baseline"
         limits = [parse(line) for line in [*config.getini("qbench_limits"), *config.getoption("qbench_limit")]]
         words = shlex.split(chosen("sweep"))
-        self.settings = Settings(results, baseline, " ".join(words), limits, config.getoption("qbench_update"))
+        update, seconds = config.getoption("qbench_update"), _seconds(chosen("time_limit") or str(TIME_LIMIT_S))
+        self.settings = Settings(results, baseline, " ".join(words), limits, update, time_limit_s=seconds)
         self.strict: bool = config.getoption("qbench_strict")
         self.outcomes: dict[str, Outcome] = {}  # of the sweep's cells
         self.checks: dict[str, Outcome] = {}  # of the fixture's
@@ -206,6 +207,14 @@ class GateSession:
         progress.end()
         print(f"qbench: measured in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         return outcomes
+
+
+def _seconds(text: str) -> float:
+    """Raises ValueError where it is no number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < 1e6:
+            return seconds
+    raise ValueError(f"--qbench-time-limit={text}: give seconds, 300 say")
 
 
 def from_here(path: Path) -> Path:

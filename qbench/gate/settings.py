@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qbench.gate.limits import Limit
 
+TIME_LIMIT_S = 170.0  # with it a run of `ci` ends within four minutes, most often
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -15,7 +17,7 @@ class Settings:
 
     `update` is None, `new` or `all`: which baselines are written. With `baselines` False only absolute limits count.
     When sampling has taken `time_limit_s` (twice that with a base), no more processes are added because an interval is
-    wide: with it a run of `ci` ends within four minutes, most often.
+    wide.
     """
 
     results: Path
@@ -24,4 +26,4 @@ class Settings:
     limits: Sequence[Limit] = ()
     update: str | None = None
     baselines: bool = True
-    time_limit_s: float = 170.0
+    time_limit_s: float = TIME_LIMIT_S
