@@ -53,6 +53,8 @@ def answer(cells: Sequence[Cell], results: Path, say: Say) -> list[Record]:
     works = begin(cells, results, say)
     alive = [work for work in works if work.error is None]
     for index in range(timed(cells[0]).processes):
+        if index and alive:
+            workers.renew()
         time_once(alive, index, results, say)
     return [finish(work) for work in works]
 

@@ -124,6 +124,8 @@ def _time(arguments: dict[str, Any], measure: Measure, log: Path) -> list[dict[s
     for index in range(measure.processes):
         names = ", ".join(arguments["entrants"])
         progress.begin(f"side by side, batch {arguments['batch']}, process {index + 1} of {measure.processes}: {names}")
+        if index:
+            workers.renew()
         with timing_lock.machine(alone=True, say=progress.say):
             found.append(
                 workers.run(

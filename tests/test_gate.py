@@ -136,6 +136,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", TEMPORARY)
     monkeypatch.setenv("TMPDIR", TEMPORARY)  # for processes of its own
     monkeypatch.setattr(workers, "stop", lambda: None)  # the fork server is started once
+    monkeypatch.setattr(workers, "renew", lambda: None)
     monkeypatch.setattr(speed, "LEAST", 2)
     return tmp_path
 

@@ -31,6 +31,10 @@ def threads_of_torch():
     return {"threads": torch.get_num_threads()}
 
 
+def parent():
+    return {"pid": os.getppid()}
+
+
 def segfaults():
     import ctypes
 
@@ -198,6 +202,13 @@ def test_a_call_that_waits_for_something_else_ends_when_another_fails(tmp_path):
 def test_a_child_has_the_threads_that_it_is_given(tmp_path):
     log = tmp_path / "log.txt"
     assert workers.run(f"{HERE}:threads_of_torch", {}, log=log, threads=1) == {"threads": 1}
+
+
+def test_a_renewed_fork_server_is_another_process(tmp_path):
+    one, same = run(parent, tmp_path), run(parent, tmp_path)
+    workers.renew()
+    assert one == same != run(parent, tmp_path)
+    assert not _alive(one["pid"])
 
 
 def test_a_waiting_parent_sleeps(tmp_path):

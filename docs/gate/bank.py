@@ -92,6 +92,7 @@ def collect(path: Path, count: int, works: dict[str, list[Work]], results: Path)
     for index in range(have, count):
         progress.begin(f"process {index + 1} of {count}")
         started = time.monotonic()
+        workers.renew()
         found = {task: _process(cells, index, results, progress) for task, cells in works.items()}
         if index == 0:
             path.write_text(json.dumps(_head(time.monotonic() - started)) + "\n")

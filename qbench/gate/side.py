@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from qbench import backends, results
+from qbench import backends, results, workers
 from qbench import cell as cells_module
 from qbench.cell import Work, begin, finish, time_once
 from qbench.compose import Composer, close
@@ -29,6 +29,7 @@ class Side:
         self.overrides, self.config_dir, self.results, self.sweep = overrides, config_dir, results, sweep
         self.works: dict[str, Work] = {}
         self.say: Say = lambda text: None
+        self._round = 0
 
     def plan(self) -> list[Cell]:
         """The cells, fp32 first; nothing is loaded or run. Raises UsageError."""
@@ -75,9 +76,15 @@ class Side:
         return [[timed[cell.question] for cell in group] for group in together(cells)]
 
     def time(self, names: Sequence[str], index: int) -> None:
-        """Time cells of one group in one more fresh process; those whose latency is no result once only."""
+        """Time cells of one group in one more fresh process; those whose latency is no result once only.
+
+        The processes of another index come from another fork server.
+        """
         works = [self.works[name] for name in names if name in self.works]
         if index == 0 or all(work.cell.recipe.latency_is_result for work in works):
+            if index != self._round:
+                workers.renew()
+                self._round = index
             time_once(works, index, self.results, self.say)
 
     def operations(self, name: str) -> dict[str, float]:
