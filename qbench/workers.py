@@ -81,7 +81,7 @@ def warm_up() -> None:
 def renew() -> None:
     """From now on children come from a new fork server, which takes some seconds to load torch.
 
-    Children share what their server has: where libraries and memory lie, by which a network is several percent faster or
+    Children share what their server has: where libraries and memory lie, by which a network is some percent faster or
     slower. Processes that are to be a sample need servers of their own.
     """
     with _turn:

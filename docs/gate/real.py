@@ -1,4 +1,4 @@
-"""Run the gate for real, again and again, on code that does not change: what study.py promises, confirmed.
+"""Run the gate for real, again and again, on code that does not change: does it hold what study.py promises?
 
     python docs/gate/real.py 20               # where baselines of this machine are committed; 3 to 4 minutes a run
 
