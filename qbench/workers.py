@@ -81,8 +81,8 @@ def warm_up() -> None:
 def renew() -> None:
     """From now on children come from a new fork server, which takes some seconds to load torch.
 
-    Children share what their server has: where libraries and memory lie, by which a network is some percent faster or
-    slower. Processes that are to be a sample need servers of their own.
+    Those of one server are alike by some percent of a network's time (docs/gate/study.md), probably as libraries lie at
+    the same places. Processes that are to be a sample need servers of their own.
     """
     with _turn:
         forkserver._forkserver._stop()  # type: ignore[attr-defined]

@@ -89,8 +89,8 @@ which real runs showed to matter: on another machine (AMD Zen 4, noisy) one of s
 slower from the first on. Six fork servers, timed in turns there, differed by a standard deviation of 1.6 to 2.6 %
 (ptdq) and 2.7 to 3.4 % (ptsq of that network), of which the scatter of their processes explains 1.1 to 1.3 % and 1.5
 to 1.8 %; six copies of the model's files, in one server, did not differ by more than their processes. Where libraries
-and memory lie is a server's, and its processes share it. Since then each timing process has a server of its own. The
-banks are older: until they are taken again, the shares of false alarms above are too small.
+and memory lie is a server's, and its processes share it: that is the probable cause. Since then each timing process has
+a server of its own. The banks are older: until they are taken again, the shares of false alarms above are too small.
 
 {real}
 """
