@@ -364,7 +364,7 @@ def test_what_seems_slower_is_measured_beside_the_revision_of_its_baseline(proje
 def broken(project: Path) -> None:
     """From now on the quantized cell fails; fp32 does not."""
     task = project / "my" / "task" / "tiny.yaml"
-    task.write_text(task.read_text().replace("fault: none", "fault: no_calibration"))
+    task.write_text(task.read_text().replace("fault: none", "fault: nan_calibration"))
 
 
 @pytest.mark.slow
@@ -378,7 +378,7 @@ def test_a_cell_that_fails_is_red_and_never_a_baseline(project, gate):
     assert [path.name for path in folder.iterdir()] == ["tiny[fp32].json"]
 
     task = project / "my" / "task" / "tiny.yaml"
-    task.write_text(task.read_text().replace("fault: no_calibration", "fault: none"))
+    task.write_text(task.read_text().replace("fault: nan_calibration", "fault: none"))
     assert gate("--qbench-update=all").ret == 0
     stored = (folder / f"{STATIC}.json").read_text()
     broken(project)
