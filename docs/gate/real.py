@@ -1,6 +1,6 @@
 """Run the gate for real, again and again, on code that does not change: does it hold what study.py promises?
 
-    python docs/gate/real.py 20               # where baselines of this machine are committed; 3 to 4 minutes a run
+    python docs/gate/real.py 20               # where baselines of this machine are committed; some minutes a run
 
 appends to docs/gate/real-runs.jsonl a line a run: its exit code, its seconds, by cell its words other than `ok`, and
 its peak memory in bytes.
