@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from qbench.results import read_finished, run_folder
 from qbench.workers import Say, WorkerError
 
 LOG = "log.txt"
+TIME = "qbench.measure:time_groups"
 UNAVAILABLE = "TaskUnavailable"  # the exception by which a task says that it cannot be had here
 LACKING = "RecipeUnavailable"  # the one by which a peer says that it has no such recipe
 SIDE_BY_SIDE = 6  # cells that are answered together: what a kill can lose
@@ -53,8 +55,6 @@ def answer(cells: Sequence[Cell], results: Path, say: Say) -> list[Record]:
     works = begin(cells, results, say)
     alive = [work for work in works if work.error is None]
     for index in range(timed(cells[0]).processes):
-        if index and alive:
-            workers.renew()
         time_once(alive, index, results, say)
     return [finish(work) for work in works]
 
@@ -88,9 +88,10 @@ def threads_of_each() -> int:
 
 
 def time_once(works: Sequence[Work], index: int, results: Path, say: Say) -> None:
-    """Time cells whose first half is done in one more fresh process, alone on the machine.
+    """Time cells whose first half is done in one more process, alone on the machine; those of a task side by side.
 
-    A crash there is that of the cells which crash alone; those that failed earlier are left out.
+    The first process is the fork server's child, the others have nothing in common. A crash there is that of the cells
+    which crash alone; those that failed earlier are left out.
     """
     works = [work for work in works if work.error is None]
     if not works:
@@ -158,18 +159,45 @@ def _score(work: Work, say: Say) -> dict[str, Any]:
         return _run(backend.evaluate, arguments, work, say)
 
 
+def together(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Groups of cells that are timed side by side: of one task, one engine and one measurement, SIDE_BY_SIDE at most.
+
+    They share the processes and fp32.
+    """
+
+    def kind(cell: Cell) -> tuple[str, ...]:
+        return (cell.question,) if cell.alone else (cell.task_id, repr(cell.measure), cell.recipe.backend.name)
+
+    groups: list[list[Cell]] = []
+    for _, alike in itertools.groupby(cells, kind):
+        group = list(alike)
+        groups += [group[first : first + SIDE_BY_SIDE] for first in range(0, len(group), SIDE_BY_SIDE)]
+    return groups
+
+
 def _time(works: Sequence[Work], index: int, results: Path, say: Say) -> list[dict[str, Any]]:
-    """One of the fresh processes whose ratios make the intervals of the speed-ups: its answer for each cell."""
-    cell = works[0].cell
-    programs = {} if cell.is_baseline else {str(n): str(_program(work)) for n, work in enumerate(works)}
-    settings = timed(cell)
-    limit = cell.measure.timeout_s * len(works)
-    arguments = {**_task(cell), "programs": programs, "measure": dataclasses.asdict(settings), "process_index": index}
-    arguments |= {"cache": str(results / "cache"), "backend": cell.recipe.backend.name}
-    say(f"timing, process {index + 1}" + (f" of {settings.processes}" if index < settings.processes else ""))
+    """What one of the processes whose ratios make the intervals of the speed-ups says of each cell."""
+    programs = {work.cell.question: str(_program(work)) for work in works}
+    groups, most = together([work.cell for work in works]), max(timed(work.cell).processes for work in works)
+    limit = sum(work.cell.measure.timeout_s for work in works)
+    asked = [_to_time(group, programs, index, results) for group in groups]
+    say(f"timing, process {index + 1}" + (f" of {most}" if index < most else ""))
     with timing_lock.machine(alone=True, say=say):
-        found = workers.run("qbench.measure:time_cells", arguments, log=works[0].folder / LOG, say=say, timeout_s=limit)
-    return [latency.part(found, name) for name in programs] or [found]
+        log = works[0].folder / LOG
+        answer = workers.run(TIME, {"groups": asked}, log=log, say=say, timeout_s=limit, fresh=index > 0)
+    found = {}
+    for group, process in zip(groups, answer["groups"], strict=True):
+        for cell in group:
+            found[cell.question] = process if cell.is_baseline else latency.part(process, cell.question)
+    return [found[work.cell.question] for work in works]
+
+
+def _to_time(group: Sequence[Cell], programs: Mapping[str, str], index: int, results: Path) -> dict[str, Any]:
+    """The arguments of `measure.time_cells` for cells of one task."""
+    own = {cell.question: programs[cell.question] for cell in group if not cell.is_baseline}
+    arguments = {**_task(group[0]), "programs": own, "measure": dataclasses.asdict(timed(group[0]))}
+    backend = group[0].recipe.backend.name
+    return {**arguments, "process_index": index, "cache": str(results / "cache"), "backend": backend}
 
 
 def timed(cell: Cell) -> Measure:

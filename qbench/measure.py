@@ -116,6 +116,11 @@ def _check(name: str, value: Any) -> None:
         raise ValueError(f"measure.{name}={value!r}: allowed is {word} of at least {SMALLEST[name]:g}{also}")
 
 
+def time_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """One group of cells after the other in this process: `groups` has its arguments for each call of `time_cells`."""
+    return {"groups": [time_cells(**group) for group in groups]}
+
+
 def time_cells(
     programs: dict[str, str],
     task_config: dict[str, Any],

@@ -124,8 +124,6 @@ def _time(arguments: dict[str, Any], measure: Measure, log: Path) -> list[dict[s
     for index in range(measure.processes):
         names = ", ".join(arguments["entrants"])
         progress.begin(f"side by side, batch {arguments['batch']}, process {index + 1} of {measure.processes}: {names}")
-        if index:
-            workers.renew()
         with timing_lock.machine(alone=True, say=progress.say):
             found.append(
                 workers.run(
@@ -134,6 +132,7 @@ def _time(arguments: dict[str, Any], measure: Measure, log: Path) -> list[dict[s
                     log=log,
                     say=progress.say,
                     timeout_s=measure.timeout_s,
+                    fresh=index > 0,
                 )
             )
         progress.end()

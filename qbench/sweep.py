@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qbench import report, results, tracking
-from qbench.cell import SIDE_BY_SIDE, answer
+from qbench.cell import answer, together
 from qbench.compose import Composer
 from qbench.config import UsageError, instantiate
 from qbench.plan import Cell, identify, plan
@@ -113,23 +112,6 @@ def run_cells(todo: Sequence[Cell], composer: Composer, options: Options) -> Non
     for first, part in (0, groups[:baselines]), (baselines, groups[baselines:]):
         if part:
             composer.launch([group[0].job.overrides for group in part], run, first)
-
-
-def together(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Groups of cells that are timed side by side: of one task, one engine and one measurement, SIDE_BY_SIDE at most.
-
-    They share the processes and fp32. A peer's runtime, and an fp32 cell with its compiler, have their own processes.
-    """
-
-    def kind(cell: Cell) -> tuple[str, ...]:
-        alone = cell.is_baseline or cell.recipe.backend.alone
-        return (cell.question,) if alone else (cell.task_id, repr(cell.measure), cell.recipe.backend.name)
-
-    groups: list[list[Cell]] = []
-    for _, alike in itertools.groupby(cells, kind):
-        group = list(alike)
-        groups += [group[first : first + SIDE_BY_SIDE] for first in range(0, len(group), SIDE_BY_SIDE)]
-    return groups
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,19 @@
-"""Child processes: each stage of a cell runs in a fresh one, from a fork server that has torch loaded (0.16 s a child).
+"""Child processes: each stage of a cell runs in a fresh one, from a fork server that has torch loaded (0.04 s a child).
 
 A child has its own process group, writes what it prints to a log file, answers with JSON through a pipe, and dies with
 its parent. The parent sleeps while it waits. Whatever happens to a child becomes one WorkerError.
+
+The children of one fork server are alike by some percent of a network's time (docs/gate/study.md), probably as
+libraries lie at the same places: those that are to be a sample are started `fresh`, and load torch themselves.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -31,13 +36,17 @@ from qbench.sources import PROJECT_PACKAGES
 
 Say = Callable[[str], None]
 T = TypeVar("T")
+Child = tuple[process.BaseProcess, connection.Connection]
 
 PRELOAD = ["torch", "torchvision", "hydra.utils", "qbench.evaluate", "qbench.measure"]
+SPARE = 2  # fresh children that load torch side by side; one is used at a time
+LOADING_S = 300.0  # how long that may take
 TICK_S = 2.0  # how often a waiting parent repeats the last word of a child
 LEAVE_S = 10.0  # how long a child that has answered may take to exit
 LONGEST_SENTENCE = 600
 
 _running: set[process.BaseProcess] = set()
+_spares: list[Child] = []
 _stopped = threading.Event()
 # Threads take turns at starting the fork server, which reads the environment, and at asking whether children live:
 # multiprocessing asks it of all of them when it starts one, and an exit code is read once.
@@ -78,22 +87,23 @@ def warm_up() -> None:
                 os.environ["PYTHONPATH"] = before
 
 
-def renew() -> None:
-    """From now on children come from a new fork server, which takes some seconds to load torch.
-
-    Those of one server are alike by some percent of a network's time (docs/gate/study.md), probably as libraries lie at
-    the same places. Processes that are to be a sample need servers of their own.
-    """
-    with _turn:
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
-    warm_up()
-
-
 def stop() -> None:
-    """End the fork server, which would otherwise finish loading torch before it sees that nobody needs it."""
+    """End what nobody needs any more; the fork server would otherwise finish loading torch before it sees that."""
+    end_spares()
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if pid is not None:
         os.kill(pid, signal.SIGKILL)
+
+
+def end_spares() -> None:
+    """End the fresh children that nobody has used."""
+    while _spares:
+        child, pipe = _spares.pop()
+        pipe.close()
+        _end(child)
+
+
+atexit.register(end_spares)  # before multiprocessing, loaded earlier, waits for them
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], at_once: int) -> list[T]:
@@ -134,24 +144,23 @@ def run(
     say: Say | None = None,
     timeout_s: float | None = None,
     threads: int | None = None,
+    fresh: bool = False,
 ) -> dict[str, Any]:
-    """Call `package.module:function(**arguments)` in a fresh child, where torch has `threads` threads (None: all).
+    """Call `package.module:function(**arguments)` in a child, where torch has `threads` threads (None: all).
 
-    Arguments and result are JSON. A function with a parameter `say` gets one; its texts arrive at `say` here, and the
-    last one again every TICK_S. Raises WorkerError for an exception, a crash or a time-out in the child.
+    A `fresh` one has nothing in common with the others: it takes seconds to load torch. Arguments and result are JSON.
+    A function with a parameter `say` gets one; its texts arrive at `say` here, and the last one again every TICK_S.
+    Raises WorkerError for an exception, a crash or a time-out in the child.
     """
     go_on()
     log.parent.mkdir(parents=True, exist_ok=True)
-    warm_up()
-    receiver, sender = _context().Pipe(duplex=False)
-    child = _context().Process(target=_serve, args=(sender, str(log), function, json.dumps(arguments), threads))
-    with receiver:
+    child, pipe = _spare() if fresh else _start(_context(), fresh=False)
+    with pipe:
         try:
-            with _turn:
-                child.start()
             _running.add(child)
-            sender.close()
-            answer = _wait(child, receiver, say or (lambda text: None), timeout_s)
+            with contextlib.suppress(BrokenPipeError):  # of a child that has died, of which _wait tells
+                pipe.send_bytes(json.dumps([function, arguments, str(log), threads]).encode())
+            answer = _wait(child, pipe, say or (lambda text: None), timeout_s)
             _exit_code(child, LEAVE_S)
         finally:
             _running.discard(child)
@@ -162,16 +171,45 @@ def run(
     return result
 
 
-def _wait(child: process.BaseProcess, receiver: Any, say: Say, timeout_s: float | None) -> dict[str, Any]:
+def _start(context: multiprocessing.context.BaseContext, fresh: bool) -> Child:
+    """A child that waits for its request at the other end of the pipe; a fresh one says first that it has loaded."""
+    if not fresh:
+        warm_up()
+    pipe, its_end = context.Pipe()
+    child = context.Process(target=_serve, args=(its_end, fresh))  # type: ignore[attr-defined]
+    with its_end, _turn:
+        child.start()
+    return child, pipe
+
+
+def _spare() -> Child:
+    """A fresh child. Where there is none, SPARE are started, and all have loaded: none does so beside a measurement."""
+    if not _spares:
+        try:
+            _spares.extend(_start(multiprocessing.get_context("spawn"), fresh=True) for _ in range(SPARE))
+            for child, pipe in _spares:
+                if not pipe.poll(LOADING_S):
+                    raise WorkerError(f"took more than {LOADING_S:g} s to load torch")
+                try:
+                    pipe.recv_bytes()
+                except EOFError:
+                    raise WorkerError(f"while it loaded torch, {_death(_exit_code(child, LEAVE_S))}") from None
+        except BaseException:
+            end_spares()
+            raise
+    return _spares.pop()
+
+
+def _wait(child: process.BaseProcess, pipe: connection.Connection, say: Say, timeout_s: float | None) -> dict[str, Any]:
     """Pass on what the child says until it answers; sleep in between."""
     deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     text = ""
     while (left := deadline - time.monotonic()) > 0:
-        ready = connection.wait([receiver, child.sentinel], timeout=min(TICK_S, left))
-        if receiver in ready:
+        ready = connection.wait([pipe, child.sentinel], timeout=min(TICK_S, left))
+        if pipe in ready:
             try:
-                message: dict[str, Any] = json.loads(receiver.recv_bytes())
-            except EOFError:
+                message: dict[str, Any] = json.loads(pipe.recv_bytes())
+            except (EOFError, ConnectionResetError):
                 break
             if "say" not in message:
                 return message
@@ -218,10 +256,16 @@ def _kill(child: process.BaseProcess) -> None:
             kill(child.pid, signal.SIGKILL)
 
 
-def _serve(sender: Any, log: str, function: str, arguments: str, threads: int | None) -> None:
+def _serve(pipe: connection.Connection, fresh: bool) -> None:
     """The whole life of a child."""
     os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which then ends this group
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    if fresh:
+        for module in PRELOAD:
+            importlib.import_module(module)
+        pipe.send_bytes(b"loaded")
+    gc.freeze()  # what is loaded stays: it takes a quarter of a second to look for garbage in it
+    function, arguments, log, threads = json.loads(pipe.recv_bytes())
     _redirect_output(log)
     if threads is not None:
         import torch  # loaded by the fork server
@@ -231,12 +275,12 @@ def _serve(sender: Any, log: str, function: str, arguments: str, threads: int | 
     try:
         target = getattr(importlib.import_module(module), name)
         listens = "say" in inspect.signature(target).parameters
-        say = {"say": lambda text: sender.send_bytes(json.dumps({"say": text}).encode())} if listens else {}
-        answer = json.dumps({"result": target(**json.loads(arguments), **say)}, allow_nan=False)
+        say = {"say": lambda text: pipe.send_bytes(json.dumps({"say": text}).encode())} if listens else {}
+        answer = json.dumps({"result": target(**arguments, **say)}, allow_nan=False)
     except Exception as error:  # noqa: BLE001 - whatever a cell raises becomes its record
         traceback.print_exc()
         answer = json.dumps(_failure(error))
-    sender.send_bytes(answer.encode())
+    pipe.send_bytes(answer.encode())
 
 
 def _die_with_parent() -> None:

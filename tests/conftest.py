@@ -13,9 +13,9 @@ settings.load_profile("stable")
 def pytest_configure(config: pytest.Config) -> None:
     """Workers side by side, and the processes that they start, on one thread each, before anything loads torch.
 
-    Two threads each on the same cores wait for each other, and are ten times slower. The gate measures one at a time.
+    Two threads each on the same cores wait for each other, and are ten times slower.
     """
-    if hasattr(config, "workerinput") and not config.getoption("qbench"):
+    if hasattr(config, "workerinput"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

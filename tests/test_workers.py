@@ -31,8 +31,8 @@ def threads_of_torch():
     return {"threads": torch.get_num_threads()}
 
 
-def parent():
-    return {"pid": os.getppid()}
+def parent_and_torch():
+    return {"parent": os.getppid(), "torch": "torch" in sys.modules}
 
 
 def segfaults():
@@ -204,11 +204,22 @@ def test_a_child_has_the_threads_that_it_is_given(tmp_path):
     assert workers.run(f"{HERE}:threads_of_torch", {}, log=log, threads=1) == {"threads": 1}
 
 
-def test_a_renewed_fork_server_is_another_process(tmp_path):
-    one, same = run(parent, tmp_path), run(parent, tmp_path)
-    workers.renew()
-    assert one == same != run(parent, tmp_path)
-    assert not _alive(one["pid"])
+def test_fresh_children_have_no_fork_server_and_load_torch_before_they_are_asked(tmp_path):
+    log = tmp_path / "log.txt"
+    started = [workers.run(f"{HERE}:parent_and_torch", {}, log=log, fresh=True) for _ in range(3)]
+    assert started == [{"parent": os.getpid(), "torch": True}] * 3
+    assert len(workers._spares) == 1  # of the second pair
+    pid = workers._spares[0][0].pid
+    workers.end_spares()
+    assert not workers._spares
+    assert not _alive(pid)
+
+
+def test_a_fresh_child_that_cannot_load_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "LOADING_S", 0.01)
+    with pytest.raises(WorkerError, match=r"took more than 0\.01 s to load torch"):
+        workers.run(f"{HERE}:parent_and_torch", {}, log=tmp_path / "log.txt", fresh=True)
+    workers.end_spares()
 
 
 def test_a_waiting_parent_sleeps(tmp_path):

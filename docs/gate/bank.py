@@ -5,8 +5,8 @@
 
 appends to docs/gate/bank-quiet.jsonl: one line a process and task, the block medians of fp32 (`eager`) and each cell in
 milliseconds by round. Every LOOPS_EVERY-th process also times LOOPS of calls of one cell a task: contestants whose
-ratios are known by construction. The first line tells the machine, and how many processes of every cell take 150 s
-(`most`, 20 at most). A run that was ended goes on where it was.
+ratios are known by construction. The first line tells the machine; `seconds` are those of the process, every second
+time with those in which it and the next one load torch. A run that was ended goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from qbench.preparation import prepare_tasks
 from qbench.progress import Progress
 
 HERE = Path(__file__).resolve().parent
-MOST_S = 150.0
-LEAST = 10  # processes of conf/measure/ci.yaml
 LOOPS = (20, 21, 22, 40)  # calls in a loop: the ratio of two loops is that of their numbers
 LOOPED = "ptsq-per_channel-symmetric"
 LOOPS_EVERY = 5
@@ -88,35 +86,32 @@ def collect(path: Path, count: int, works: dict[str, list[Work]], results: Path)
     """Append processes until the file has `count` of each task."""
     _, *lines = map(json.loads, path.read_text().splitlines() if path.exists() else ["{}"])
     have = 1 + max((line["process"] for line in lines), default=-1)
+    if not path.exists():
+        known = identity.environment()
+        path.write_text(json.dumps({key: known.get(key) for key in ("cpu", "torch", "threads", "kernel_path")}) + "\n")
     progress = Progress()
     for index in range(have, count):
         progress.begin(f"process {index + 1} of {count}")
         started = time.monotonic()
-        workers.renew()
-        found = {task: _process(cells, index, results, progress) for task, cells in works.items()}
-        if index == 0:
-            path.write_text(json.dumps(_head(time.monotonic() - started)) + "\n")
+        found = _process(works, index, results, progress)
+        seconds = round(time.monotonic() - started, 2)
         for task, cells in works.items():
-            line: dict[str, Any] = {"process": index, "task": task, "ms": found[task]}
+            line: dict[str, Any] = {"process": index, "seconds": seconds, "task": task, "ms": found[task]}
             if index % LOOPS_EVERY == 0:
                 line["loops"] = _loops(next(w for w in cells if w.cell.name.endswith(f"[{LOOPED}]")), index, progress)
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 
-def _head(seconds: float) -> dict[str, Any]:
-    """The machine, and how many processes of every cell, of which one takes `seconds`, take MOST_S."""
-    known = identity.environment()
-    most = min(2 * LEAST, int(MOST_S / seconds))
-    return {**{key: known.get(key) for key in ("cpu", "torch", "threads", "kernel_path")}, "most": most}
-
-
-def _process(cells: list[Work], index: int, results: Path, progress: Progress) -> dict[str, list[float]]:
-    time_once(cells, index, results, progress.say)
-    found: dict[str, list[float]] = {}
-    for work in cells:
-        medians = work.timings.pop()["batches"]["1"]["medians_ms"]
-        found |= {"eager": _rounded(medians["eager"]), work.cell.name: _rounded(medians["cell"])}
+def _process(
+    works: dict[str, list[Work]], index: int, results: Path, progress: Progress
+) -> dict[str, dict[str, list[float]]]:
+    time_once([work for cells in works.values() for work in cells], index, results, progress.say)
+    found: dict[str, dict[str, list[float]]] = {}
+    for task, cells in works.items():
+        medians = {work.cell.name: work.timings.pop()["batches"]["1"]["medians_ms"] for work in cells}
+        found[task] = {"eager": _rounded(next(iter(medians.values()))["eager"])}
+        found[task] |= {name: _rounded(times["cell"]) for name, times in medians.items()}
     return found
 
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from qbench.gate.verdict import Outcome
 
 MARK = "qbench"
-SWEEP = "qbench_asks_sweep"
 SESSION: pytest.StashKey[GateSession] = pytest.StashKey()
 
 
@@ -80,6 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from qbench.gate.session import GateSession
 
         config.option.qbench = True
+        if hasattr(config.option, "dist"):
+            config.option.dist = "no"  # pytest-xdist: what is timed must be alone, its workers would only wait
         try:
             config.stash[SESSION] = GateSession(config)
         except (UsageError, ValueError) as error:
@@ -113,18 +114,7 @@ def _belongs(item: pytest.Item) -> bool:
 
 def _asks_sweep(config: pytest.Config) -> bool:
     """Is it the whole gate? A command line that names files or tests asks for those, not for the sweep."""
-    worker: dict[str, Any] = getattr(config, "workerinput", {})
-    own = config.args_source is not pytest.Config.ArgsSource.ARGS
-    return bool(worker.get(SWEEP, own))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: Any) -> None:
-    """Tell a worker of pytest-xdist what it cannot see, and learn the name of the run."""
-    node.workerinput[SWEEP] = _asks_sweep(node.config)
-    gate = node.config.stash.get(SESSION, None)
-    if gate is not None:
-        gate.run = node.workerinput["testrunuid"]
+    return config.args_source is not pytest.Config.ArgsSource.ARGS
 
 
 def _cell_names(gate: GateSession) -> list[str]:
@@ -239,10 +229,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The table of all cells."""
     gate = config.stash.get(SESSION, None)
-    if gate is None:
-        return
-    gate.collect_outcomes()
-    if gate.outcomes or gate.checks:
+    if gate is not None and (gate.outcomes or gate.checks):
         terminalreporter.section("qbench")
         for line in gate.summary():
             terminalreporter.write_line(line)

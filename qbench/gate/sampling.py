@@ -1,9 +1,9 @@
 """How many timing processes a gate run takes, of which side, and what they say of each cell's speed.
 
-The rounds of the tasks take turns, so that what drifts on a machine reaches all of them. Sampling stops when the
-intervals are narrow, never because of what they say. What looks slower or faster is timed once more: in turns with the
-revision in which its baseline was committed, and judged on that; where git has none, as often again, and judged on all
-of it. Time is kept for that: where there is a revision, more processes are taken beside it only.
+Each process times all cells, so that what drifts on a machine reaches all of them. Sampling stops when the intervals
+are narrow, never because of what they say. What looks slower or faster is timed once more: in turns with the revision
+in which its baseline was committed, and judged on that; where git has none, as often again, and judged on all of it.
+Time is kept for that: where there is a revision, more processes are taken beside it only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qbench.gate.settings import Settings
 from qbench.gate.side import Side
 
 MOVED = (verdict.WORSE, verdict.BETTER)
+MOST = 20  # processes of a baseline, with which later runs are compared; and of whatever else, at most
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Sampling:
         at: Callable[[str], BaseSide] | None,
     ) -> None:
         self.side, self.stored, self.settings, self.base, self.at = side, stored, settings, base, at
-        self.groups = side.groups()
+        self.names = side.timed()  # those of a task together
         self.least = max([speed.LEAST, *(cells_module.timed(work.cell).processes for work in side.works.values())])
         self.confirmed: set[str] = set()  # cells that were measured a second time: only they can be worse or better
         self.turns: dict[str, Turns] = {}
@@ -63,22 +64,20 @@ class Sampling:
     def first(self) -> None:
         """As many processes as the measurement asks for, LEAST at least; more while an interval is wide and time lasts.
 
-        Twice as many at most, and for cells without a revision alone. Baselines, with which later runs are compared,
-        rest on twice as many in any case.
+        That is where cells without a revision are concerned: the others are measured beside theirs, if at all.
         """
         self.started = time.monotonic()
-        goal = 2 * self.least if self.settings.update else self.least
+        goal = MOST if self.settings.update else self.least
         alone = set(self.stored) - self.revisions.keys()
-        for index in range(2 * self.least):
+        for index in range(max(MOST, self.least)):
             if index >= goal and (self._late() or not self._wide(alone)):
                 break
-            for group in self.groups:
-                self._time(group, index, self.base)
+            self._time(self.names, index, self.base)
 
     def again(self) -> None:
         """Measure once more what seems to have changed: in turns with its baseline's revision, where there is one.
 
-        Else as many processes again for the group of such a cell, and all is judged on both.
+        Else as many processes again for the cells of the same tasks, and all is judged on both.
         """
         for revision, names in self._suspects().items():
             self.side.say(f"{names[0]} seems to have changed its speed: measuring beside {revision[:12]}")
@@ -90,13 +89,12 @@ class Sampling:
                     self.turns.pop(name, None)
                     del self.revisions[name]
         moved = {cell for (cell, _), test in self.judged().items() if cell not in self.revisions and test.word in MOVED}
-        for group in self.groups:
-            if names := [name for name in group if name in moved]:
-                self.confirmed |= set(group) - self.revisions.keys()
-                self.side.say(f"{names[0]} seems to have changed its speed: measuring once more")
-                done = len(self.side.works[names[0]].timings)
-                for index in range(done, 2 * done):
-                    self._time(group, index, self.base)
+        if names := [name for name in self._beside(moved) if name not in self.revisions]:
+            self.confirmed |= set(names)
+            self.side.say(f"{names[0]} seems to have changed its speed: measuring once more")
+            done = len(self.side.works[names[0]].timings)
+            for index in range(done, 2 * done):
+                self._time(names, index, self.base)
 
     def judged(self) -> dict[tuple[str, str], SpeedTest]:
         """By cell and metric the test of its speed, corrected over all of the run.
@@ -105,7 +103,7 @@ class Sampling:
         """
         first: dict[tuple[str, str], SpeedTest] = {}
         again: dict[tuple[str, str], SpeedTest] = {}
-        for name in (name for group in self.groups for name in group):
+        for name in self.names:
             turns, now, paired, than = self.turns.get(name), self.side.baseline(name), self.base is not None, BASELINE
             before = self.stored[name]
             if turns is not None and isinstance(now, Baseline):
@@ -122,38 +120,47 @@ class Sampling:
         """By revision, the cells whose speed seems to differ from its baseline's by more than what matters."""
         moved = {key[0] for key, test in self.judged().items() if abs(test.change.estimate) > test.delta}
         found: dict[str, list[str]] = {}
-        for name in (name for group in self.groups for name in group if name in moved and name in self.revisions):
+        for name in (name for name in self.names if name in moved and name in self.revisions):
             found.setdefault(self.revisions[name], []).append(name)
         return found
 
     def _in_turns(self, revision: str, names: Sequence[str]) -> None:
-        """Processes of the cells in turns with those of a revision, as many as `first` takes. Raises UsageError."""
+        """Processes of the cells in turns with a revision's: as many as `first` takes, and more while time lasts.
+
+        Raises UsageError.
+        """
         assert self.at is not None
-        groups = [some for group in self.groups if (some := [name for name in group if name in names])]
-        begun = {name: len(self.side.works[name].timings) for name in names}
+        begun = len(self.side.works[names[0]].timings)
         with contextlib.closing(self.at(revision)) as base:
             base.begin(names)
-            for index in range(2 * self.least):
+            for index in range(max(MOST, self.least)):
                 if index >= self.least:
-                    groups = [] if self._late() else [group for group in groups if self._wide(group)]
-                for group in groups:
-                    self._time(group, index, base, begun[group[0]])
-                    for name, found in base.baselines(group).items():
-                        if not isinstance(found, Baseline):
-                            raise UsageError(f"{name}: revision {revision[:12]} has no such cell, or it fails there")
-                        self.turns[name] = Turns(revision, begun[name], found)
-        self.confirmed |= set(names)
+                    wide = self._beside([name for name in names if self._wide([name])])
+                    names = [name for name in names if name in wide]
+                    if not names or self._late():
+                        break
+                self._time(names, index, base, begun)
+                for name, found in base.baselines(names).items():
+                    if not isinstance(found, Baseline):
+                        raise UsageError(f"{name}: revision {revision[:12]} has no such cell, or it fails there")
+                    self.turns[name] = Turns(revision, begun, found)
+        self.confirmed |= self.turns.keys()
 
-    def _time(self, group: list[str], index: int, base: BaseSide | None, begun: int = 0) -> None:
-        """One process of a group, `begun` others aside; the base's before or after it."""
-        self.side.say(f"timing {group[0].partition('[')[0]}, process {index + 1}")
+    def _beside(self, names: Collection[str]) -> list[str]:
+        """The cells of the same tasks, with which they share processes and fp32."""
+        tasks = {self.side.works[name].cell.task_id for name in names}
+        return [name for name in self.names if self.side.works[name].cell.task_id in tasks]
+
+    def _time(self, names: Sequence[str], index: int, base: BaseSide | None, begun: int = 0) -> None:
+        """One more process, `begun` others aside; the base's before or after it."""
+        self.side.say(f"timing, process {index + 1}")
         if base is not None and index % 2:
-            base.time(group, index)
-        self.side.time(group, begun + index)
+            base.time(names, index)
+        self.side.time(names, begun + index)
         if base is not None and not index % 2:
-            base.time(group, index)
+            base.time(names, index)
         if self.base is not None:
-            self.stored |= self.base.baselines(group)
+            self.stored |= self.base.baselines(names)
 
     def _wide(self, names: Collection[str]) -> bool:
         return any(speed.wide(test.change, test.delta) for key, test in self.judged().items() if key[0] in names)

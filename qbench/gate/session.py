@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import shlex
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qbench.config import UsageError
 from qbench.gate import report
@@ -21,7 +18,7 @@ from qbench.gate.limits import parse
 from qbench.gate.run import accept, orphans, run
 from qbench.gate.settings import TIME_LIMIT_S, Settings
 from qbench.gate.side import Side
-from qbench.gate.verdict import FAILED, LIMIT, Outcome, Verdict
+from qbench.gate.verdict import FAILED, LIMIT, Outcome
 
 if TYPE_CHECKING:
     import pytest
@@ -47,8 +44,6 @@ class GateSession:
         self.outcomes: dict[str, Outcome] = {}  # of the sweep's cells
         self.checks: dict[str, Outcome] = {}  # of the fixture's
         self.accepted: dict[str, str] = {}  # by cell, what became of its baseline
-        self._worker: dict[str, Any] | None = getattr(config, "workerinput", None)
-        self.run: str = (self._worker or {}).get("testrunuid", uuid.uuid4().hex)  # a controller learns it later
         self._place = results / "gate"  # a results folder of its own: the gate's records are no cells of a sweep
         self._error: UsageError | None = None
         self._overrides = [word if "=" in word else f"+sweep={word}" for word in words]
@@ -70,20 +65,16 @@ class GateSession:
         return self._names
 
     def measure(self, names: Sequence[str]) -> None:
-        """Measure the cells of these names, once: of several processes of pytest-xdist the first does it for all.
-
-        Raises UsageError; the same one again when it is asked again.
-        """
+        """Measure the cells of these names, once. Raises UsageError; the same one again when it is asked again."""
         if self._error is not None:
             raise self._error
-        with self._alone():
-            if not set(names) <= set(self.outcomes):
-                try:
-                    found = self._run(self._overrides, names, self.settings, self._base)
-                except UsageError as error:
-                    self._error = error
-                    raise
-                self._keep(self.outcomes, found, self.settings)
+        if not set(names) <= set(self.outcomes):
+            try:
+                found = self._run(self._overrides, names, self.settings, self._base)
+            except UsageError as error:
+                self._error = error
+                raise
+            self._keep(self.outcomes, found, self.settings)
 
     def check(self, overrides: Sequence[str], limits: Sequence[str]) -> list[Outcome]:
         """Measure the quantized cells of a command line; with limits of its own nothing is compared or accepted.
@@ -98,19 +89,9 @@ class GateSession:
         settings = dataclasses.replace(self.settings, limits=everywhere, baselines=not own, update=update, sweep="")
         cells = self._side(overrides).plan()
         names = [cell.name for cell in cells if not cell.is_baseline] or [cell.name for cell in cells]
-        with self._alone():
-            found = self._run(overrides, names, settings, None if own else self._base)
-            self._keep(self.checks, found, settings)
+        found = self._run(overrides, names, settings, None if own else self._base)
+        self._keep(self.checks, found, settings)
         return found
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One process of a run measures at a time, and knows what the others have measured."""
-        self._place.mkdir(parents=True, exist_ok=True)
-        with (self._place / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self.collect_outcomes()
-            yield
 
     def outcome(self, name: str) -> Outcome:
         """Of a measured cell."""
@@ -143,39 +124,17 @@ class GateSession:
         """Baselines of the sweep without a cell."""
         return orphans(self._names, self.settings) if self._names else []
 
-    def collect_outcomes(self) -> None:
-        """Read what other processes of this run have measured."""
-        path = self._path()
-        if path.exists():
-            content = json.loads(path.read_text())
-            self.accepted, self._names = content["accepted"], content["names"]
-            for kind, into in ("outcomes", self.outcomes), ("checks", self.checks):
-                for raw in content[kind]:
-                    verdicts = [Verdict(**one) for one in raw.pop("verdicts")]
-                    into[raw["name"]] = Outcome(verdicts=verdicts, **raw)
-
     def close(self) -> None:
-        """Forget this run, end the fork server."""
-        if self._worker is None:
-            self._path().unlink(missing_ok=True)
+        """End the fork server."""
         if "qbench.workers" in sys.modules:
             from qbench import workers
 
             workers.stop()
 
     def _keep(self, into: dict[str, Outcome], found: Sequence[Outcome], settings: Settings) -> None:
-        from qbench.record import write_atomic
-
         if settings.update:
             self.accepted |= accept(found, settings)
         into |= {outcome.name: outcome for outcome in found}
-        content = {"names": self._names, "accepted": self.accepted}
-        kinds = {"outcomes": self.outcomes, "checks": self.checks}
-        sides = {kind: [dataclasses.asdict(outcome) for outcome in known.values()] for kind, known in kinds.items()}
-        write_atomic(self._path(), json.dumps({**content, **sides}))
-
-    def _path(self) -> Path:
-        return self._place / f"run-{self.run}.json"
 
     def _side(self, overrides: Sequence[str]) -> Side:
         folder = None if self._config_dir is None else str(from_here(self._root / self._config_dir))

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from qbench import backends, results, workers
+from qbench import backends, results
 from qbench import cell as cells_module
 from qbench.cell import Work, begin, finish, time_once
 from qbench.compose import Composer, close
@@ -16,7 +16,6 @@ from qbench.gate.baseline import Baseline, BaselineError
 from qbench.plan import Cell, identify, plan
 from qbench.preparation import prepare_tasks
 from qbench.progress import Progress
-from qbench.sweep import together
 from qbench.workers import WorkerError
 
 Say = Callable[[str], None]
@@ -29,7 +28,6 @@ class Side:
         self.overrides, self.config_dir, self.results, self.sweep = overrides, config_dir, results, sweep
         self.works: dict[str, Work] = {}
         self.say: Say = lambda text: None
-        self._round = 0
 
     def plan(self) -> list[Cell]:
         """The cells, fp32 first; nothing is loaded or run. Raises UsageError."""
@@ -67,25 +65,18 @@ class Side:
         found = results.read_finished(self.results, cell.key)
         return found is not None and found.status == "ok"
 
-    def groups(self) -> list[list[str]]:
-        """The names of the cells that are timed together; those that failed, and fp32, are not timed."""
-        timed = {w.cell.question: n for n, w in self.works.items() if w.error is None and not w.cell.is_baseline}
+    def timed(self) -> list[str]:
+        """The names of the cells to time, those of a task together; those that failed, and fp32, are not timed."""
         tasks = list(dict.fromkeys(work.cell.task_id for work in self.works.values()))
-        cells = [work.cell for work in self.works.values() if work.cell.question in timed]
-        cells.sort(key=lambda cell: tasks.index(cell.task_id))
-        return [[timed[cell.question] for cell in group] for group in together(cells)]
+        timed = [name for name, work in self.works.items() if work.error is None and not work.cell.is_baseline]
+        return sorted(timed, key=lambda name: tasks.index(self.works[name].cell.task_id))
 
     def time(self, names: Sequence[str], index: int) -> None:
-        """Time cells of one group in one more fresh process; those whose latency is no result once only.
-
-        The processes of another index come from another fork server.
-        """
+        """Time cells in one more fresh process, in this order; those whose latency is no result once only."""
         works = [self.works[name] for name in names if name in self.works]
-        if index == 0 or all(work.cell.recipe.latency_is_result for work in works):
-            if index != self._round:
-                workers.renew()
-                self._round = index
-            time_once(works, index, self.results, self.say)
+        works = [work for work in works if index == 0 or work.cell.recipe.latency_is_result]
+        for some in [[w for w in works if not w.cell.alone], *([w] for w in works if w.cell.alone)]:
+            time_once(some, index, self.results, self.say)
 
     def operations(self, name: str) -> dict[str, float]:
         """Milliseconds of each operation of a cell, timed alone; empty where the engine does not run it, or cannot."""
