@@ -24,6 +24,7 @@ from typing import Any
 from qbench import identity, timing_lock, workers
 from qbench.cell import Work, answer, begin, time_once
 from qbench.compose import Composer
+from qbench.gate.base import share_cache
 from qbench.plan import identify, plan
 from qbench.preparation import prepare_tasks
 from qbench.progress import Progress
@@ -137,6 +138,7 @@ def main() -> None:
     state, count = sys.argv[1], int(sys.argv[2])
     random.seed(0)
     with tempfile.TemporaryDirectory() as folder:
+        share_cache(Path(folder), HERE.parents[1] / "results")
         works = works_of(Path(folder))
         load = subprocess.Popen([sys.executable, "-c", BUSY]) if state == "loaded" else None
         try:
