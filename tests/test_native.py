@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -166,6 +166,50 @@ def test_conv_transpose(recipe: Recipe, channels: Any, kernel: Any, stride: Any,
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "output_padding": more}
     model = seeded(lambda: nn.ConvTranspose2d(groups * inputs, groups * outputs, kernel, **options))
     assert_same(model, (normal(2, groups * inputs, 6, 5),), recipe)
+
+
+@few
+@given(
+    Quantizations,
+    st.sampled_from([(1, 5, 3), (2, 3, 2), (6, 1, 1), (1, 17, 18)]),
+    st.tuples(*[st.integers(1, 5)] * 2),
+    st.tuples(*[st.integers(1, 3)] * 2),
+    st.tuples(*[st.integers(0, 4)] * 2),
+    st.tuples(*[st.integers(1, 3)] * 2),
+    st.tuples(*[st.integers(1, 3)] * 2),
+)
+def test_conv_of_few_pixels(
+    recipe: Recipe, channels: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, size: Any
+) -> None:
+    """Many taps meet nothing but padding."""
+    groups, inputs, outputs = channels
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    assume(all(n + 2 * p >= span for n, p, span in zip(size, padding, spans, strict=True)))
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    model = seeded(lambda: nn.Conv2d(groups * inputs, groups * outputs, kernel, **options))
+    assert_same(model, (normal(3, groups * inputs, *size),), recipe)
+
+
+@few
+@given(
+    Quantizations,
+    st.sampled_from([(1, 5, 3), (2, 3, 2), (1, 17, 1), (1, 12, 18)]),
+    st.tuples(*[st.integers(1, 4)] * 2),
+    st.integers(0, 1),
+    st.booleans(),
+)
+def test_conv_transpose_of_one_pixel(recipe: Recipe, channels: Any, kernel: Any, padding: int, bias: bool) -> None:
+    """A linear layer, as the first of a generator."""
+    groups, inputs, outputs = channels
+    padding = min(padding, (min(kernel) - 1) // 2)
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(groups * inputs, groups * outputs, kernel, 2, padding, groups=groups, bias=bias),
+            nn.ReLU(),
+            nn.Conv2d(groups * outputs, 4, 1),
+        )
+    )
+    assert_same(model, (normal(3, groups * inputs, 1, 1),), recipe)
 
 
 @few

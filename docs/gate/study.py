@@ -25,12 +25,13 @@ from matplotlib import pyplot as plt
 
 from qbench import evidence
 from qbench.gate import baseline, judge, speed
+from qbench.gate.sampling import MOST
 from qbench.gate.settings import Settings
 from qbench.gate.speed import SpeedChange
 from qbench.statistics import clopper_pearson
 
 HERE = Path(__file__).resolve().parent
-LEAST = 10  # processes of conf/measure/ci.yaml
+LEAST = 6  # processes of conf/measure/ci.yaml
 LOOPS = ("20", "21", "22", "40")
 LOOPED = 10  # processes a side in an interval of a known ratio
 RUNS = 2000
@@ -43,9 +44,8 @@ REVISION, ALONE, BESIDE = "stored baseline, in git", "stored baseline alone", "-
 MODES = (REVISION, ALONE, BESIDE)
 MOVED = ("worse", "better")
 FIGURE = "study.png"
-MOST_S = 150.0  # see Bank.most
 LIMIT_S = Settings(Path(), Path(), "").time_limit_s
-SETUP_S = 30.0  # of a revision, until its first process
+SETUP_S = 20.0  # of a revision, until its first process
 REAL = "real-runs.jsonl"  # made by real.py
 HEAD = """| | runs with a false alarm | 5 % slower, found | 10 % slower, found | cells inconclusive | measured twice |
 |---|---|---|---|---|---|"""
@@ -55,11 +55,11 @@ TEXT = """# How far the gate can be trusted
 
 Gate runs replayed from banks of recorded timing processes (`bank-*.jsonl`, made by `bank.py`; this page is made by
 `study.py`), with the shipped rules of `qbench/gate/speed.py` and the measurement of `conf/measure/ci.yaml`: {least}
-processes a cell; a baseline of {twice}; in turns {least} pairs, up to {twice} while an interval is wide and the time
-limit allows it; as many beyond {least} where there is no revision. {runs} runs of the whole sweep in each number;
-baseline, run and second measurement are stretches of processes that followed each other, none used twice in a run. A
-slow-down is the logarithm added to one cell (each as often as the others); that ratios come out as they should is
-tested with loops of 20, 21, 22 and 40 calls of one object.
+processes a cell; a baseline of {most}; in turns {least} pairs, up to {most} while an interval is wide and the time
+limit of {limit:.0f} s allows it; as many processes where there is no revision. {runs} runs of the whole sweep in each
+number; baseline, run and second measurement are stretches of processes that followed each other, none used twice in a
+run. A slow-down is the logarithm added to one cell (each as often as the others); that ratios come out as they should
+is tested with loops of 20, 21, 22 and 40 calls of one object.
 
 - **{revision}**: `pytest --qbench` where the baseline was committed. A cell that seems to differ by more than 2 % is
   measured once more, in turns with the revision of its baseline, and judged on that alone.
@@ -102,13 +102,14 @@ Loops = dict[str, list[float]]
 class Bank:
     """By cell, of each process the value (log speed-up) and the log of fp32's time; `loops` are those of known ratio.
 
-    `most` processes of all cells take MOST_S, or less.
+    A process takes `loading` seconds to start, two at once, and `timing` for all cells.
     """
 
     values: dict[str, list[float]]
     fp32: dict[str, list[float]]
     loops: list[tuple[Loops, Loops]]  # of each task: by number of calls, values and times as above
-    most: int
+    loading: float
+    timing: float
 
     @property
     def size(self) -> int:
@@ -118,13 +119,15 @@ class Bank:
 
 def read(path: Path) -> Bank:
     """A bank, cut to the processes that all tasks have."""
-    head, *lines = map(json.loads, path.read_text().splitlines())
+    _, *lines = map(json.loads, path.read_text().splitlines())
     cells = _logs([line["ms"] for line in lines])
     whole = min(map(len, cells[0].values()))
     values, fp32 = ({name: side[:whole] for name, side in sides.items()} for sides in cells)
     tasks = dict.fromkeys(line["task"] for line in lines)
     loops = [_logs([line["loops"] for line in lines if line["task"] == task and "loops" in line]) for task in tasks]
-    return Bank(values, fp32, loops, head["most"])
+    seconds = {line["process"]: line["seconds"] for line in lines if line["process"]}
+    pair, rest = (statistics.median(s for n, s in seconds.items() if n % 2 == odd) for odd in (1, 0))
+    return Bank(values, fp32, loops, (pair - rest) / 2, rest)
 
 
 def _logs(processes: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Loops, Loops]:
@@ -144,13 +147,13 @@ class Run:
     def __init__(self, bank: Bank, mode: str, slower: Mapping[str, float], draw: random.Random) -> None:
         """`slower` has the log by which a cell of the run is slowed down."""
         self.bank, self.mode, self.slower, self.names = bank, mode, slower, list(bank.values)
-        lengths = {REVISION: (2 * LEAST, LEAST, 4 * LEAST), ALONE: (2 * LEAST, 2 * bank.most, 0)}
-        self.baseline, self.own, self.again = _stretches(bank.size, lengths.get(mode, (0, 0, 8 * LEAST)), draw)
+        lengths = {REVISION: (MOST, LEAST, 2 * MOST), ALONE: (MOST, 2 * MOST, 0)}
+        self.baseline, self.own, self.again = _stretches(bank.size, lengths.get(mode, (0, 0, 4 * MOST)), draw)
 
     def stored(self, name: str, count: int) -> SpeedChange:
         """Against the baseline, from so many processes."""
         values, times = self.bank.values[name], self.bank.fp32[name]
-        base, own = range(self.baseline, self.baseline + 2 * LEAST), range(self.own, self.own + count)
+        base, own = range(self.baseline, self.baseline + MOST), range(self.own, self.own + count)
         now = [values[i] - self.slower.get(name, 0.0) for i in own]
         return speed.change([values[i] for i in base], now, [times[i] for i in base], [times[i] for i in own])
 
@@ -162,21 +165,21 @@ class Run:
         now = [values[i] - self.slower.get(name, 0.0) for i in head]
         return speed.paired_change([values[i] for i in base], now, [times[i] for i in base], [times[i] for i in head])
 
-    def pairs(self, tasks: int) -> int:
-        """How many pairs of the cells of so many tasks fit into the time limit, after LEAST processes of all cells."""
-        of_all = MOST_S / self.bank.most
-        left = LIMIT_S - SETUP_S - LEAST * of_all
-        tasks_of_all = len({_task(name) for name in self.names})
-        return max(LEAST, min(2 * LEAST, int(left / (2 * of_all * max(1, tasks) / tasks_of_all))))
+    def fit(self, seconds: float, sides: int, tasks: int) -> int:
+        """How many processes, each of so many sides and with the cells of so many tasks, this time is enough for."""
+        of_all = len({_task(name) for name in self.names})
+        return max(LEAST, min(MOST, int(seconds / sides / (self.bank.loading + self.bank.timing * tasks / of_all))))
 
     def words(self) -> tuple[dict[str, str], int]:
         """The verdict of each cell, and how many were measured a second time."""
         delta = speed.DRIFT if self.mode == ALONE else speed.DELTA
-        measure, most = (self.in_turns, 2 * LEAST) if self.mode == BESIDE else (self.stored, self.bank.most)
-        found, count = _until(self.names, measure, LEAST if self.mode == REVISION else most, delta)
+        measure = self.in_turns if self.mode == BESIDE else self.stored
+        whole = self.fit(LIMIT_S, 1, len({_task(name) for name in self.names}))
+        found, count = _until(self.names, measure, LEAST if self.mode == REVISION else whole, delta)
         if self.mode == REVISION:
             suspects = [name for name in self.names if abs(found[name].estimate) > delta]
-            pairs = self.pairs(len({_task(name) for name in suspects}))
+            left = LIMIT_S - SETUP_S - LEAST * (self.bank.loading + self.bank.timing)
+            pairs = self.fit(left, 2, len({_task(name) for name in suspects}))
             again = {name: _until([name], self.in_turns, pairs, delta)[0][name] for name in suspects}
             quiet = {name: "inconclusive" if speed.wide(found[name], delta) else "ok" for name in self.names}
             return quiet | _judged(again, delta), len(suspects)
@@ -318,8 +321,8 @@ def study(path: Path) -> Study:
     state, bank = _state(path), read(path)
     share, total = coverage(bank)
     told = (
-        f"**{state}**: {bank.size} processes a cell, at most {bank.most} in a run; of {total} intervals of 95 % "
-        f"{100 * share:.1f} % hold the known ratio"
+        f"**{state}**: {bank.size} processes a cell, {bank.loading + bank.timing:.1f} s each for all cells; of {total} "
+        f"intervals of 95 % {100 * share:.1f} % hold the known ratio"
     )
     curves = {
         mode: [100 * found(bank, mode, percent, CURVE_RUNS, random.Random(1)) for percent in CURVE] for mode in MODES
@@ -369,7 +372,7 @@ def main() -> None:
         studies = dict(zip(map(_state, paths), pool.map(study, paths), strict=True))
     draw_curves(studies)
     text = TEXT.format(
-        runs=RUNS, least=LEAST, twice=2 * LEAST, revision=REVISION, alone=ALONE, beside=BESIDE, figure=FIGURE,
+        runs=RUNS, least=LEAST, most=MOST, limit=LIMIT_S, revision=REVISION, alone=ALONE, beside=BESIDE, figure=FIGURE,
         lost=100 * losses(50, RUNS, random.Random(0)), even=100 * losses(0, RUNS, random.Random(0)),
         tables="\n\n".join(one.table for one in studies.values()),
         spreads="\n\n".join(one.spreads for one in studies.values()), real=real_runs(),

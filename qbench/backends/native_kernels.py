@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -275,9 +276,11 @@ def _pair(value: Any) -> list[int]:
 MAKERS: dict[str, Callable[[Constants, Macs], Kernel]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
-    **{kind: lambda c, macs, kind=kind: layers.static(kind, c, macs) for kind in layers.SHAPES},  # type: ignore[misc]
-    **{f"dynamic_{kind}": lambda c, macs, kind=kind: layers.dynamic(kind, c, macs) for kind in layers.SHAPES},  # type: ignore[misc]
-    **{f"weight_only_{kind}": lambda c, macs, kind=kind: layers.weight_only(kind, c, macs) for kind in layers.SHAPES},  # type: ignore[misc]
+    **{
+        prefix + kind: partial(layers.layer, make, kind)
+        for prefix, make in (("", layers.static), ("dynamic_", layers.dynamic), ("weight_only_", layers.weight_only))
+        for kind in layers.SHAPES
+    },
     "lstm": recurrent.static,
     "dynamic_lstm": recurrent.dynamic,
     "weight_only_lstm": recurrent.weight_only,

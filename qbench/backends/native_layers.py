@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from qbench.backends.native_operands import (
     spread_out,
     tiled,
 )
-from qbench.backends.native_windows import Images, RowsOfInputs, Transposed
+from qbench.backends.native_windows import Images, RowsOfInputs, Taps, Transposed
+from qbench.backends.native_writer import plain_torch
 from qbench.native.library import FOR_ALL, Operands, Rows, byref, library
 from qbench.numerics import multiplier
 
@@ -42,17 +44,17 @@ def static(kind: str, c: Constants, macs: Macs) -> Kernel:
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = codes(shape.inward(x))
-        window, size, samples = shape.window_of(x)
-        y = torch.empty(size, dtype=dtype)
+        slid = shape.over(x)
+        y = torch.empty(slid.size, dtype=dtype)
         if residual is not None:
             residual = codes(shape.as_result(residual))
             if residual.shape != y.shape:
                 raise ValueError(f"a residual of shape {list(residual.shape)} met a result of {list(y.shape)}")
-        operands = Operands(x.data_ptr(), pointer(residual), None, y.data_ptr(), samples)
-        macs.int8 += shape.multiply(
-            byref(shape.weight.structure),
+        operands = Operands(x.data_ptr(), pointer(residual), None, y.data_ptr(), slid.samples)
+        macs.int8 += slid.left_out + shape.multiply(
+            byref(slid.weight.structure),
             byref(finish.structure),
-            byref(window),
+            byref(slid.window),
             byref(rows.structure),
             byref(operands),
         )
@@ -69,13 +71,13 @@ def dynamic(kind: str, c: Constants, macs: Macs) -> Kernel:
 
     def run(x: Tensor) -> Tensor:
         x = floats(shape.inward(x))
-        window, size, samples = shape.window_of(x)
-        y = torch.empty(size)
+        slid = shape.over(x)
+        y = torch.empty(slid.size)
         q, scales, zero_points = rows_as_codes(x, shape.rows(x) if per_row or not len(x) else 1, c["scheme"])
-        rows = Rows(zero_points.data_ptr(), scales.data_ptr(), shape.pixels(size) if per_row else FOR_ALL)
-        operands = Operands(q.data_ptr(), None, None, y.data_ptr(), samples)
-        macs.int8 += shape.multiply(
-            byref(shape.weight.structure), byref(finish.structure), byref(window), byref(rows), byref(operands)
+        rows = Rows(zero_points.data_ptr(), scales.data_ptr(), shape.pixels(slid.size) if per_row else FOR_ALL)
+        operands = Operands(q.data_ptr(), None, None, y.data_ptr(), slid.samples)
+        macs.int8 += slid.left_out + shape.multiply(
+            byref(slid.weight.structure), byref(finish.structure), byref(slid.window), byref(rows), byref(operands)
         )
         return shape.outward(y)
 
@@ -85,17 +87,22 @@ def dynamic(kind: str, c: Constants, macs: Macs) -> Kernel:
 class _FloatDepthwise(Images):
     """A convolution of float32 with one input channel for each output channel."""
 
-    def prepare(self, c: Constants, weight: Tensor) -> None:
-        """The taps as [kernel height][kernel width][channels]."""
+    def __init__(self, c: Constants) -> None:
+        super().__init__(c)
         self.groups, zero_points = 1, c["weight_zero_point"]  # its constants lie channel by channel
-        self.taps = weight.permute(2, 3, 1, 0).contiguous()
-        self.zero_points = None if zero_points is None else tiled(spread_out(zero_points, self.outputs).int(), 1)
+        self.offsets = None if zero_points is None else tiled(spread_out(zero_points, self.outputs).int(), 1)
         self.bias = None if c["bias"] is None else tiled(c["bias"][:, None], 1)
 
-    def multiply_floats(self, *arguments: Any) -> int:
-        """The engine's products of scales, finish, window, operands; returns how many."""
-        scales, _, window, operands = arguments
-        constants = self.taps.data_ptr(), pointer(self.zero_points), scales, pointer(self.bias)
+    def pack(self, taps: Taps) -> Held:
+        """The taps as [kernel height][kernel width][channels]."""
+        rows, columns = taps
+        weight = self.weight[:, :, rows.start : rows.stop, columns.start : columns.stop]
+        return Held(None, weight.permute(2, 3, 1, 0).contiguous())
+
+    def multiply_floats(self, weight: Held, *arguments: Any) -> int:
+        """The engine's products of taps, scales, finish, window, operands; returns how many."""
+        (taps,), (scales, _, window, operands) = weight.tensors, arguments
+        constants = pointer(taps), pointer(self.offsets), scales, pointer(self.bias)
         return int(library().qb_weight_only_depthwise(*constants, window, operands))
 
 
@@ -109,12 +116,60 @@ def weight_only(kind: str, c: Constants, macs: Macs) -> Kernel:
 
     def run(x: Tensor) -> Tensor:
         x = floats(shape.inward(x))
-        window, size, samples = shape.window_of(x)
-        y = torch.empty(size)
-        operands = Operands(x.data_ptr(), None, None, y.data_ptr(), samples)
-        macs.float32 += shape.multiply_floats(
-            scales.data_ptr(), byref(finish.structure), byref(window), byref(operands)
+        slid = shape.over(x)
+        y = torch.empty(slid.size)
+        operands = Operands(x.data_ptr(), None, None, y.data_ptr(), slid.samples)
+        macs.float32 += slid.left_out + shape.multiply_floats(
+            slid.weight, scales.data_ptr(), byref(finish.structure), byref(slid.window), byref(operands)
         )
         return shape.outward(y)
 
     return run
+
+
+Maker = Callable[[str, Constants, "Macs"], Kernel]
+
+
+def layer(make: Maker, kind: str, c: Constants, macs: Macs) -> Kernel:
+    """A layer by `static`, `dynamic` or `weight_only`.
+
+    A transposed convolution of images of one pixel, the first of many a generator, is a linear layer then: each pixel
+    of its result meets one tap.
+    """
+    run = make(kind, c, macs)
+    if (
+        kind != "conv_transpose"
+        or c["groups"] > 1
+        or any([*c["padding"], *c["output_padding"]])
+        or {*c["dilation"]} != {1}
+    ):
+        return run
+    outputs, inputs, *kernel = c["weight"].shape
+    linear: list[Kernel] = []
+
+    def run_or_spread(x: Tensor, *residual: Tensor | None) -> Any:
+        if x.shape[1:] != (inputs, *(1 for _ in kernel)) or any(r is not None for r in residual):
+            return run(x, *residual)
+        if not linear:
+            with plain_torch():
+                linear.append(make("linear", _by_pixel(c), macs))
+        return linear[0](x.flatten(1)).unflatten(1, (*kernel, outputs)).movedim(-1, 1)
+
+    return run_or_spread
+
+
+def _by_pixel(c: Constants) -> Constants:
+    """The constants of a layer with an output for each tap and output of a transposed convolution."""
+    weight = c["weight"]
+    outputs, inputs, *kernel = weight.shape
+    order = *range(2, weight.dim()), 0, 1
+
+    def repeated(name: str) -> Tensor | None:
+        """A row for each output, or one for all."""
+        rows: Tensor | None = c[name]
+        if rows is None or len(rows) < outputs:
+            return rows
+        return rows.repeat(math.prod(kernel), *(1 for _ in rows.shape[1:]))
+
+    rows = {name: repeated(name) for name in ("weight_scale", "weight_zero_point", "bias")}
+    return {**c, "weight": weight.permute(order).reshape(-1, inputs), **rows}

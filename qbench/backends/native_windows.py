@@ -1,19 +1,38 @@
 """The shapes of layers as the native engine computes them: a window that slides over rows, images, phases of a result.
 
-Images are channels last in memory, so that no engine call moves them; a result is a view of [N, C, H, W].
+Images are channels last in memory, so that no engine call moves them; a result is a view of [N, C, H, W]. Taps that
+meet nothing but padding, many on an image of few pixels, are left out. A weight is packed when the first input comes.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qbench.backends.native_operands import Constants, Held, by_blocks, packed, packed_depthwise
+from qbench.backends.native_writer import plain_torch
 from qbench.native.library import Weight, Window, byref, library
+
+Taps = tuple[range, range]  # rows and columns of a kernel
+
+
+@dataclass(frozen=True)
+class Slid:
+    """How a layer meets an input: `size` is the shape of the result as the engine writes it.
+
+    `left_out` counts the products with padding that are not computed.
+    """
+
+    weight: Held
+    window: Any
+    size: tuple[int, ...]
+    samples: int
+    left_out: int = 0
 
 
 class RowsOfInputs:
@@ -30,18 +49,18 @@ class RowsOfInputs:
         """The engine's products; returns how many."""
         return int(library().qb_layer(*arguments))
 
-    def multiply_floats(self, *arguments: Any) -> int:
-        """As multiply, of float32: scales, finish, window, operands."""
-        return int(library().qb_weight_only(byref(self.weight.structure), *arguments))
+    def multiply_floats(self, weight: Held, *arguments: Any) -> int:
+        """As multiply, of float32: weight, scales, finish, window, operands."""
+        return int(library().qb_weight_only(byref(weight.structure), *arguments))
 
     def inward(self, x: Tensor) -> Tensor:
         if not x.dim() or x.shape[-1] != self.inputs:
             raise ValueError(f"a linear layer of {self.inputs} inputs met an input of shape {list(x.shape)}")
         return x
 
-    def window_of(self, x: Tensor) -> tuple[Window, tuple[int, ...], int]:
-        """The window, the shape of the result as the engine writes it, and how many samples there are."""
-        return self.window, (*x.shape[:-1], self.outputs), x.shape[:-1].numel()
+    def over(self, x: Tensor) -> Slid:
+        """The layer on an input."""
+        return Slid(self.weight, self.window, (*x.shape[:-1], self.outputs), x.shape[:-1].numel())
 
     def outward(self, y: Tensor) -> Tensor:
         return y
@@ -62,41 +81,42 @@ class RowsOfInputs:
 class Images:
     """A convolution: x [N, C, H, W] or [N, C, L]."""
 
-    weight: Held
-    depthwise = False
     block: int
 
     def __init__(self, c: Constants) -> None:
         weight = c["weight"]
         self.flat = weight.dim() == 3  # one dimension is computed as two, the first of size 1
-        weight = weight.unsqueeze(2) if self.flat else weight
+        self.weight = weight.unsqueeze(2) if self.flat else weight  # [outputs, inputs of a group, kh, kw]
+        self.zero_points = c["weight_zero_point"]
         self.stride = [1] * self.flat + list(c["stride"])
         self.padding = [0] * self.flat + list(c["padding"])
         self.dilation = [1] * self.flat + list(c["dilation"])
-        self.kernel, self.groups, self.block = list(weight.shape[2:]), c["groups"], c["block"]
+        self.kernel, self.groups, self.block = list(self.weight.shape[2:]), c["groups"], c["block"]
         self.outputs, self.inputs = len(weight), weight.shape[1] * c["groups"]
-        self.windows: dict[tuple[int, int], Window] = {}
-        self.prepare(c, weight)
+        # One input channel for each output channel: its constants lie channel by channel.
+        self.depthwise = self.groups > 1 and self.outputs == self.inputs == self.groups
+        self.groups = 1 if self.depthwise else self.groups
+        self.packed: dict[Any, Held] = {}
+        self.met: dict[tuple[int, int], tuple[Taps, Window]] = {}
 
-    def prepare(self, c: Constants, weight: Tensor) -> None:
-        """Pack the weight [outputs, inputs of a group, kh, kw]."""
-        if self.groups > 1 and self.outputs == self.inputs == self.groups:  # one input channel for each output channel
-            self.groups = 1  # its constants lie channel by channel
-            self.weight, self.depthwise = packed_depthwise(weight, c["weight_zero_point"]), True
-        else:
-            products = by_blocks(weight, self.block)
-            taps_of_block = self.block * math.prod(self.kernel)
-            lines = self.groups == 1 and self.block >= self.inputs and self.dilation[1] == 1
-            segment = self.kernel[1] * self.inputs if lines else None
-            self.weight = packed(products, c["weight_zero_point"], self.groups, taps_of_block, segment)
+    def pack(self, taps: Taps) -> Held:
+        """The weight at these taps in the engine's order."""
+        rows, columns = taps
+        weight = self.weight[:, :, rows.start : rows.stop, columns.start : columns.stop]
+        if self.depthwise:
+            return packed_depthwise(weight, self.zero_points)
+        lines = self.groups == 1 and self.block >= self.inputs and self.dilation[1] == 1
+        segment = len(columns) * self.inputs if lines else None
+        depth = self.block * len(rows) * len(columns)
+        return packed(by_blocks(weight, self.block), self.zero_points, self.groups, depth, segment)
 
     def multiply(self, *arguments: Any) -> int:
         """The engine's products; returns how many."""
         return int((library().qb_depthwise if self.depthwise else library().qb_layer)(*arguments))
 
-    def multiply_floats(self, *arguments: Any) -> int:
-        """As multiply, of float32: scales, finish, window, operands."""
-        return int(library().qb_weight_only(byref(self.weight.structure), *arguments))
+    def multiply_floats(self, weight: Held, *arguments: Any) -> int:
+        """As multiply, of float32: weight, scales, finish, window, operands."""
+        return int(library().qb_weight_only(byref(weight.structure), *arguments))
 
     def inward(self, x: Tensor) -> Tensor:
         """[N, H, W, C]."""
@@ -104,16 +124,34 @@ class Images:
             raise ValueError(f"a convolution of {self.inputs} channels met an input of shape {list(x.shape)}")
         return (x.unsqueeze(2) if self.flat else x).permute(0, 2, 3, 1)
 
-    def window_of(self, x: Tensor) -> tuple[Window, tuple[int, ...], int]:
+    def over(self, x: Tensor) -> Slid:
         n, h, w, _ = x.shape
-        if (h, w) not in self.windows:
-            self.windows[h, w] = self.make_window(h, w)
-        window = self.windows[h, w]
-        return window, (n, window.out_height, window.out_width, self.outputs), n
+        if (h, w) not in self.met:
+            self.met[h, w] = self.meeting(h, w)
+        (rows, columns), window = self.met[h, w]
+        size = n, window.out_height, window.out_width, self.outputs
+        per_tap = math.prod(size) * self.weight.shape[1]
+        left_out = per_tap * (math.prod(self.kernel) - len(rows) * len(columns))
+        return Slid(self.held((rows, columns), self.pack), window, size, n, left_out)
 
-    def make_window(self, h: int, w: int) -> Window:
+    def held(self, key: Any, pack: Any) -> Held:
+        """What `pack` makes of a key, made once; also within a run that is only written down."""
+        if key not in self.packed:
+            with plain_torch():
+                return self.packed.setdefault(
+                    key, pack(key)
+                )  # of two threads the first one's is kept: plans point to it
+        return self.packed[key]
+
+    def meeting(self, h: int, w: int) -> tuple[Taps, Window]:
+        """The taps that meet an image of this size, and the window of these alone."""
         out = self.out_sizes(h, w)
-        return Window(h, w, self.inputs, *out, *self.kernel, *self.stride, *self.padding, *self.dilation, self.block)
+        rows, columns = (
+            _met(*axis) for axis in zip((h, w), out, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        padding = [p - t.start * d for p, t, d in zip(self.padding, (rows, columns), self.dilation, strict=True)]
+        sizes = *out, len(rows), len(columns), *self.stride, *padding, *self.dilation
+        return (rows, columns), Window(h, w, self.inputs, *sizes, self.block)
 
     def out_sizes(self, h: int, w: int) -> list[int]:
         padded = [size + 2 * p for size, p in zip((h, w), self.padding, strict=True)]
@@ -142,28 +180,30 @@ class Transposed(Images):
     """A transposed convolution."""
 
     def __init__(self, c: Constants) -> None:
-        self.more = [0] * (c["weight"].dim() == 3) + list(c["output_padding"])
-        self.phase_windows: dict[tuple[int, int], Any] = {}
         super().__init__(c)
-
-    def prepare(self, c: Constants, weight: Tensor) -> None:
-        """Pack a weight for each phase: output pixels with the same y % stride and x % stride meet the same taps."""
+        self.groups, self.depthwise = c["groups"], False
+        self.more = [0] * self.flat + list(c["output_padding"])
+        self.phase_windows: dict[tuple[int, int], Any] = {}
+        # Output pixels with the same y % stride and x % stride meet the same taps.
         self.phases = list(itertools.product(*(range(s) for s in self.stride)))
-        self.held = [
-            packed(self.products(weight, phase), c["weight_zero_point"], self.groups, self.depth_of(phase))
-            for phase in self.phases
+
+    def pack_phases(self, phases: tuple[tuple[int, ...], ...]) -> Held:
+        """A weight for each phase, side by side."""
+        each = [
+            packed(self.products(self.weight, phase), self.zero_points, self.groups, self.depth_of(phase))
+            for phase in phases
         ]
-        self.weight = Held((Weight * len(self.held))(*(held.structure for held in self.held))[0])
+        tensors = [tensor for held in each for tensor in held.tensors]
+        return Held((Weight * len(each))(*(held.structure for held in each))[0], *tensors)
 
     def multiply(self, *arguments: Any) -> int:
         """The engine's products; returns how many."""
         return int(library().qb_transposed(*arguments, len(self.phases), math.prod(self.kernel)))
 
-    def multiply_floats(self, *arguments: Any) -> int:
-        """As multiply, of float32: scales, finish, window, operands."""
-        taps = math.prod(self.kernel)
-        weights = byref(self.weight.structure)
-        return int(library().qb_weight_only_transposed(weights, *arguments, len(self.phases), taps))
+    def multiply_floats(self, weight: Held, *arguments: Any) -> int:
+        """As multiply, of float32: weights, scales, finish, windows, operands."""
+        sizes = len(self.phases), math.prod(self.kernel)
+        return int(library().qb_weight_only_transposed(byref(weight.structure), *arguments, *sizes))
 
     def taps(self, phase: tuple[int, ...]) -> list[range]:
         """The taps that reach the pixels of a phase, along each axis."""
@@ -183,13 +223,14 @@ class Transposed(Images):
         """Products in a block of a phase's weight."""
         return int(self.block * max(math.prod(len(taps) for taps in self.taps(phase)), 1))
 
-    def window_of(self, x: Tensor) -> tuple[Any, tuple[int, ...], int]:
+    def over(self, x: Tensor) -> Slid:
         n, h, w, _ = x.shape
         out = self.out_sizes(h, w)
         if (h, w) not in self.phase_windows:
             windows = [self.phase_window(phase, (h, w), out) for phase in self.phases]
             self.phase_windows[h, w] = (Window * len(windows))(*windows)[0]
-        return self.phase_windows[h, w], (n, *out, self.outputs), n
+        weights = self.held(tuple(self.phases), self.pack_phases)
+        return Slid(weights, self.phase_windows[h, w], (n, *out, self.outputs), n)
 
     def phase_window(self, phase: tuple[int, ...], size: tuple[int, int], out: list[int]) -> Window:
         """An ordinary convolution of stride 1 from x to every stride-th pixel of the result."""
@@ -220,6 +261,13 @@ class Transposed(Images):
         if min(out) < 1:
             raise ValueError(f"a padding of {self.padding} leaves nothing of a result of {h} x {w} pixels")
         return out
+
+
+def _met(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> range:
+    """The taps of an axis from the first to the last that meets a pixel; all where none does."""
+    met = [tap for tap in range(kernel) if any(0 <= y * stride - padding + tap * dilation < size for y in range(out))]
+    first = min(met[0], padding // dilation) if met else 0  # a window has no negative padding
+    return range(first, met[-1] + 1) if met else range(kernel)
 
 
 def _progression(first: int, dilation: int, stride: int, kernel: int) -> tuple[int, int, int]:

@@ -187,7 +187,7 @@ class Writer(TorchDispatchMode):
         if function._schema.is_mutable:
             raise CannotPlanError(str(function))
         if function.is_view or function in VIEWS:
-            with _plain_torch():
+            with plain_torch():
                 result = function(*args, **kwargs)
             given = {leaf.untyped_storage().data_ptr() for leaf in leaves}
             got = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -197,7 +197,7 @@ class Writer(TorchDispatchMode):
 
     def _computed(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Note an operation of torch; its result is not computed, its shape is."""
-        with _plain_torch():
+        with plain_torch():
             try:
                 meta = function(*pytree.tree_map(_as_meta, args), **pytree.tree_map(_as_meta, kwargs))
             except (NotImplementedError, RuntimeError) as error:
@@ -261,13 +261,13 @@ def _clone(writer: Writer, x: Tensor, memory_format: Any = None) -> Tensor:
 
 
 def _reshape(writer: Writer, x: Tensor, shape: Sequence[int]) -> Tensor:
-    with _plain_torch():
+    with plain_torch():
         try:
             return x.view(shape)
         except RuntimeError:
             pass
     y = _contiguous(writer, x)
-    with _plain_torch():
+    with plain_torch():
         return y.view(shape)
 
 
@@ -280,7 +280,7 @@ def _cat(writer: Writer, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     shape[dim] = sum(x.shape[dim] for x in tensors)
     y, start = writer.empty(shape, tensors[0]), 0
     for x in tensors:
-        with _plain_torch():
+        with plain_torch():
             part = y.narrow(dim, start, x.shape[dim])
         writer.copy(x, part)
         start += x.shape[dim]
@@ -303,7 +303,8 @@ def _like_meta(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
 
 
-def _plain_torch() -> Any:
+def plain_torch() -> Any:
+    """Within, nothing is noted: torch computes."""
     return torch.utils._python_dispatch._disable_current_modes()
 
 

@@ -153,7 +153,6 @@ class Sampling:
 
     def _time(self, names: Sequence[str], index: int, base: BaseSide | None, begun: int = 0) -> None:
         """One more process, `begun` others aside; the base's before or after it."""
-        self.side.say(f"timing, process {index + 1}")
         if base is not None and index % 2:
             base.time(names, index)
         self.side.time(names, begun + index)
