@@ -501,6 +501,8 @@ WIDE = {  # more outputs than a tile has, more products than are read back at on
     "depthwise": (lambda: nn.Conv2d(70, 70, 3, 2, 1, groups=70), (3, 70, 23, 21)),
     "transposed": (lambda: nn.ConvTranspose2d(70, 66, 4, 2, 1), (2, 70, 7, 9)),
     "sequence": (lambda: nn.LSTM(70, 140), (9, 5, 70)),
+    "sequences": (lambda: nn.LSTM(70, 140), (4, 203, 70)),  # read back once for all steps
+    "sequences, a large weight": (lambda: nn.LSTM(20, 300), (3, 11, 20)),  # read back at each
 }
 
 

@@ -168,7 +168,8 @@ class Run:
     def fit(self, seconds: float, sides: int, tasks: int) -> int:
         """How many processes, each of so many sides and with the cells of so many tasks, this time is enough for."""
         of_all = len({_task(name) for name in self.names})
-        return max(LEAST, min(MOST, int(seconds / sides / (self.bank.loading + self.bank.timing * tasks / of_all))))
+        of_one = self.bank.loading + self.bank.timing * tasks / of_all
+        return max(speed.LEAST, min(MOST, int(seconds / sides / of_one)))
 
     def words(self) -> tuple[dict[str, str], int]:
         """The verdict of each cell, and how many were measured a second time."""
@@ -190,8 +191,8 @@ class Run:
 
 
 def _until(names: Sequence[str], measure: Measure, most: int, delta: float) -> tuple[dict[str, SpeedChange], int]:
-    """As many as it takes until no interval is wide, LEAST at least; and how many that are."""
-    count = LEAST
+    """As many as it takes until no interval is wide, LEAST or `most` at least; and how many that are."""
+    count = min(LEAST, most)
     while True:
         found = {name: measure(name, count) for name in names}
         if count >= most or not any(speed.wide(change, delta) for change in found.values()):

@@ -125,7 +125,7 @@ class Sampling:
         return found
 
     def _in_turns(self, revision: str, names: Sequence[str]) -> None:
-        """Processes of the cells in turns with a revision's: as many as `first` takes, and more while time lasts.
+        """Processes of the cells in turns with a revision's: as many as `first` takes, LEAST if time is short, or more.
 
         Raises UsageError.
         """
@@ -137,8 +137,8 @@ class Sampling:
                 if index >= self.least:
                     wide = self._beside([name for name in names if self._wide([name])])
                     names = [name for name in names if name in wide]
-                    if not names or self._late():
-                        break
+                if not names or (index >= speed.LEAST and self._late()):
+                    break
                 self._time(names, index, base, begun)
                 for name, found in base.baselines(names).items():
                     if not isinstance(found, Baseline):

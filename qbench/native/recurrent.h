@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int64_t STEPS_AT_ONCE = 32;  // whose gates stay in the cache
+constexpr int64_t STEPS_AT_ONCE = 32;      // whose gates stay in the cache
+constexpr int64_t READY = int64_t(1) << 18;  // weights that are read back once for all steps: a mebibyte of float32
 
 // One step of one sample, units [from, to): gates i, f, g, o [4 * hidden]; c is read and written.
 inline void cell(const float* __restrict gates, int64_t hidden, int64_t from, int64_t to, float* __restrict c,
@@ -35,6 +36,15 @@ struct Share {
     for (int64_t index = 0; index < panels; ++index) {
       const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
       panel(p, first, count, begin(bands) * WIDE, std::min(end(bands) * WIDE, p.tiles), backwards);
+    }
+  }
+
+  void float_products(const Product& p, const Pieced& list, const float* scales, const float* ready) const {
+    const int64_t bands = (p.tiles + FLOAT_TILES - 1) / FLOAT_TILES, panels = (p.total + FLOAT_PANEL - 1) / FLOAT_PANEL;
+    for (int64_t index = 0; index < panels; ++index) {
+      const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
+      float_panel(p, list, scales, first, count, begin(bands) * FLOAT_TILES,
+                  std::min(end(bands) * FLOAT_TILES, p.tiles), ready);
     }
   }
 
@@ -142,24 +152,42 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
   float* gates = given.of<float>(std::min(STEPS_AT_ONCE, r.steps) * n * all);
   float* step = stepped.of<float>(n * all);
   if (!gates || !step) return 0;
-  const int threads = threads_for(n * hidden * 64, WORTH_A_THREAD);
+  const int threads = threads_for(n * all * hidden, WORTH_A_THREAD);
+  const Rows none{nullptr, nullptr, INT64_MAX};
+  static thread_local Pieced made;
+  static thread_local Scratch read;
+  const Operands example{h, nullptr, nullptr, step, n};
+  const Product one(r.weight_hh, r.finish_hh, h_window, none, example);
+  pieces_of(one, made);
+  const Pieced& list = made;
+  float* ready = nullptr;
+  if (!list.in_registers && all * hidden <= READY) {
+    ready = read.of<float>(one.tiles * TILE * hidden);
+    if (!ready) return 0;
+    read_back_all(one, list, ready);
+  }
   int64_t macs = 0;
   for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
     const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first);
     macs += weight_only(r.weight_ih, scales_ih, r.finish_ih, x_window,
                         {x + first * n * inputs, nullptr, nullptr, gates, count * n});
-    for (int64_t t = first; t < first + count; ++t) {
-      macs += weight_only(r.weight_hh, scales_hh, r.finish_hh, h_window,
-                          {h, nullptr, gates + (t - first) * n * all, step, n});
-      float* out = y + t * n * hidden;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-      Share().cells(n, hidden, [=](int64_t s, int64_t from, int64_t to) {
-        cell(step + s * all, hidden, from, to, c + s * hidden, out + s * hidden);
-      });
-      h = out;
+    {
+      const Share share;
+      for (int64_t t = first; t < first + count; ++t) {
+        const float* before = t ? y + (t - 1) * n * hidden : h;
+        const Operands operands{before, nullptr, gates + (t - first) * n * all, step, n};
+        const Product p(r.weight_hh, r.finish_hh, h_window, none, operands);
+        share.float_products(p, list, scales_hh, ready);
+#pragma omp barrier
+        share.cells(n, hidden, [=](int64_t s, int64_t from, int64_t to) {
+          cell(step + s * all, hidden, from, to, c + s * hidden, y + (t * n + s) * hidden);
+        });
+#pragma omp barrier
+      }
     }
   }
-  return macs;
+  return macs + r.steps * n * all * hidden;
 }
 
 }  // namespace

@@ -285,9 +285,24 @@ constexpr MultiplyPacked MULTIPLY_PACKED[FLOAT_TILES][FLOAT_ROWS] = QB_TILES_OF(
 #undef QB_ROWS_OF
 #undef QB_TILES_OF
 
-// Rows [first, first + count) of the product, tiles [from, to) of each group.
+// The whole weight of a group as float32, band after band of FLOAT_TILES tiles: [products][tiles of the band * TILE].
+void read_back_all(const Product& p, const Pieced& list, float* out) {
+  for (int64_t tile = 0; tile < p.tiles; tile += FLOAT_TILES) {
+    const int wide = int(std::min<int64_t>(FLOAT_TILES, p.tiles - tile));
+    for (const Chunk& chunk : list.chunks) {
+      const int64_t tile_stride = packed_depth(p.depth_of(chunk.block), p.weight.segment) * TILE;
+      const int64_t constants = (chunk.block * p.tiles + tile) * TILE;
+      READ_BACK[wide - 1](list.pieces.data() + chunk.first, chunk.last - chunk.first, p.tile_of(0, chunk.block, tile),
+                          tile_stride, p.weight.zero_points ? p.weight.zero_points + constants : nullptr, out);
+      out += chunk.products * wide * TILE;
+    }
+  }
+}
+
+// Rows [first, first + count) of the product, tiles [from, to) of each group; `ready` is what read_back_all made of the
+// weight, or none.
 void float_panel(const Product& p, const Pieced& list, const float* scales, int64_t first, int64_t count, int64_t from,
-                 int64_t to) {
+                 int64_t to, const float* ready = nullptr) {
   static thread_local Scratch placed, summed, read;
   const Inputs inputs(p, first, count);
   int64_t* places = placed.of<int64_t>(count);
@@ -302,6 +317,7 @@ void float_panel(const Product& p, const Pieced& list, const float* scales, int6
       const Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, group, tile, wide, false, places);
       bool fresh = !p.finish.start && !p.operands.add && !list.chunks.empty();
       if (!fresh) finisher.begin(count, t);
+      const float* of_band = ready ? ready + p.weight.depth * tile * TILE : w;
       for (const Chunk& chunk : list.chunks) {
         const int64_t constants = (chunk.block * p.weight.groups + group) * p.tiles * TILE + tile * TILE;
         const int32_t* zero_points = p.weight.zero_points ? p.weight.zero_points + constants : nullptr;
@@ -315,12 +331,13 @@ void float_panel(const Product& p, const Pieced& list, const float* scales, int6
           fresh = false;
           continue;
         }
-        READ_BACK[wide - 1](pieces, many, packed, tile_stride, zero_points, w);
+        if (!ready) READ_BACK[wide - 1](pieces, many, packed, tile_stride, zero_points, w);
         for (int64_t turn = 0; turn < turns; ++turn) {
           const int64_t row = turn * count / turns, rows = (turn + 1) * count / turns - row;
-          MULTIPLY_FLOATS[wide - 1][rows - 1](inputs, row, shift, pieces, many, w, scales + constants,
+          MULTIPLY_FLOATS[wide - 1][rows - 1](inputs, row, shift, pieces, many, of_band, scales + constants,
                                               fresh, t + row * wide * TILE);
         }
+        if (ready) of_band += chunk.products * wide * TILE;
         fresh = false;
       }
       finisher.end(count, t);
@@ -336,14 +353,19 @@ void divided(const Product& p, int threads, int64_t& panels, int64_t& parts) {
   if (panels >= threads) panels = rounded_up(panels, threads);
 }
 
+// How the products of few rows, or many, are divided.
+void pieces_of(const Product& p, Pieced& made) {
+  made.in_registers = p.total <= FEW;
+  if (made.in_registers) made.of(p, INT64_MAX);
+  if (!made.in_registers || !made.aligned) made.of(p, READ_AT_ONCE), made.in_registers = false;
+}
+
 int64_t weight_only(const Weight& weight, const float* scales, const Finish& finish, const Window& window,
                     const Operands& operands) {
   const Rows none{nullptr, nullptr, INT64_MAX};
   const Product p(weight, finish, window, none, operands);
   static thread_local Pieced made;
-  made.in_registers = p.total <= FEW;
-  if (made.in_registers) made.of(p, INT64_MAX);
-  if (!made.in_registers || !made.aligned) made.of(p, READ_AT_ONCE), made.in_registers = false;
+  pieces_of(p, made);
   const Pieced& list = made;
   const int64_t macs = p.total * weight.groups * weight.outputs * weight.depth;
   const int threads = threads_for(macs, WORTH_A_THREAD);
