@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from qbench.attention import simplify_masks, unify_attention
 from qbench.recurrent import split_lstms
 from qbench.transposed import swapped
+from qbench.views import shorten_views
 
 if TYPE_CHECKING:
     from qbench.capture import Network
@@ -47,6 +48,7 @@ def normalize(network: Network) -> None:
     split_lstms(network)
     unify_attention(network.graph, network.tensors)
     _fold_constants(network)
+    shorten_views(network.graph)
     simplify_masks(network.graph, network.tensors)
     _padding_in_numbers(network.graph)
     _fold_batch_norms(network)

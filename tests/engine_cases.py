@@ -249,7 +249,7 @@ class Recorder:
                 self._packings[values[-2]] = Packing(function, values, "qb_packed_size", values[1:6])
             if function == "qb_pack_depthwise":
                 self._packings[values[-2]] = Packing(function, values, "qb_packed_depthwise_size", values[2:5])
-            case = self._case
+            case = None if function.startswith("qb_pack") else self._case  # noted where the weight is met
             begun = case.begun(function, values) if case else b""
             returned = getattr(loaded_library(), function)(*values)
             if case:

@@ -642,12 +642,12 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1, groups=24)
-        self.last = nn.Conv2d(24, 7, 1)
+        self.last, self.padded = nn.Conv2d(24, 7, 1), nn.Conv2d(7, 5, 5, padding=2)
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.hardswish(self.first(x))
         y = nn.functional.max_pool2d(y * torch.sigmoid(y) + self.second(y), 2)
-        result: Tensor = nn.functional.adaptive_avg_pool2d(self.last(y), 2).flatten(1)
+        result: Tensor = self.padded(nn.functional.adaptive_avg_pool2d(self.last(y), 2)).flatten(1)
         return result
 
 

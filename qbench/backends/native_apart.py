@@ -45,7 +45,7 @@ STRUCTURES: dict[str, tuple[Any, str | None]] = {
     "qb_dynamic_attention": (Attention, "heads"),
 }
 LAYERS = ("qb_layer", "qb_depthwise", "qb_transposed")
-COPY = "qb_copy"
+COPY, ATTENTION = "qb_copy", "qb_attention"
 KNOWN = {*EXTENTS, *STRUCTURES, *LAYERS, COPY}
 
 
@@ -101,6 +101,8 @@ def _call_folds(one: Call | TorchCall, whole: Call | TorchCall, buffers: list[Bu
         return False
     if one.function == COPY:
         return _copy_folds(one.arguments, whole.arguments, buffers, pieces)
+    if one.function == ATTENTION:
+        return _attention_folds(one.arguments, whole.arguments, buffers, pieces)
     extent = EXTENTS.get(one.function, -1)
     kinds = SIGNATURES[one.function][1]
     for index, (kind, a, b) in enumerate(zip(kinds, one.arguments, whole.arguments, strict=True)):
@@ -115,6 +117,21 @@ def _call_folds(one: Call | TorchCall, whole: Call | TorchCall, buffers: list[Bu
         if not same:
             return False
     return True
+
+
+def _attention_folds(one: list[Any], whole: list[Any], buffers: list[Buffer], pieces: int) -> bool:
+    """Equal but for the heads; its samples step from part to part of each buffer, wherever in them they begin."""
+    call, *ends = one
+    if ends != whole[1:] or isinstance(call, Structure) or isinstance(whole[0], Structure):  # a mask of the run's own
+        return False
+    if not _structure_folds(*STRUCTURES[ATTENTION], call, whole[0], pieces):
+        return False
+    a = Attention.from_address(call)
+    samples = a.heads // a.each
+    return all(
+        isinstance(end, Address) and samples * strides.sample == buffers[end.buffer].storage.nbytes()
+        for end, strides in zip(ends, (a.q, a.k, a.v, a.y), strict=True)
+    )
 
 
 def _structure_folds(kind: Any, extent: str | None, one: int, whole: int, pieces: int) -> bool:
@@ -163,6 +180,7 @@ class Apart:
 
     def __init__(self, one: Recording, plans: list[Plan], whole: Recording, pieces: int) -> None:
         self._pieces, self._plans, self._inputs, self._outputs = pieces, plans, whole.inputs, whole.outputs
+        self._uncounted = whole.uncounted
         self._sizes = {view.buffer: whole.writer.buffers[view.buffer].size for view in whole.outputs}
         places = [(number, offset) for number, slots in plans[0].slots.items() for _, offset in slots]
         slots = [[slot for slots in plan.slots.values() for slot, _ in slots] for plan in plans]
@@ -186,7 +204,7 @@ class Apart:
         memories |= {number: as_bytes(leaf) for number, leaf in zip(self._inputs, leaves, strict=True)}
         for index, (number, offset) in enumerate(self._places):
             self._starts[index] = memories[number].data_ptr() + offset
-        self._macs[0] = self._macs[1] = 0
+        self._macs[0], self._macs[1] = self._uncounted
         sizes = len(self._replays), len(self._places), self._pieces
         addresses = (ctypes.addressof(held) for held in (self._replays, self._starts, self._steps, self._macs))
         if self._run(*addresses, *sizes):

@@ -57,7 +57,7 @@ class Recording:
         inputs = [writer.buffer(torch.empty(leaf.shape, dtype=leaf.dtype)) for leaf in leaves]
         with torch.inference_mode(), writer, written_down(writer):
             outputs = list(lowered(*inputs))
-        self.of_torch = macs.int8 - counted[0], macs.float32 - counted[1]  # counted outside the engine
+        self.uncounted = macs.int8 - counted[0], macs.float32 - counted[1]  # products that no engine call counts
         macs.int8, macs.float32 = counted
         if not all(writer.holds(output) for output in outputs):
             raise CannotPlanError("a result that is no tensor of the run")
@@ -85,7 +85,7 @@ class Plan:
 
     def __init__(self, recording: Recording) -> None:
         writer = recording.writer
-        self._of_torch, self._inputs, self._outputs = recording.of_torch, recording.inputs, recording.outputs
+        self._uncounted, self._inputs, self._outputs = recording.uncounted, recording.inputs, recording.outputs
         self._held = writer.held
         self._sizes = {view.buffer: writer.buffers[view.buffer].size for view in self._outputs}
         self._arena = torch.empty(recording.arena + ALIGNMENT, dtype=torch.uint8)
@@ -163,7 +163,7 @@ class Plan:
         for number, memory in memories.items():
             for slot, offset in self.slots[number]:
                 slot.value = memory.data_ptr() + offset
-        self._macs[0], self._macs[1] = self._of_torch
+        self._macs[0], self._macs[1] = self._uncounted
         for step in self._steps:
             if isinstance(step, TorchCall):
                 try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qbench.backends.native_operands import NOT_FINITE, Constants, Kernel, codes, floats, pointer, rows_as_codes
-from qbench.native.library import ALL, EACH_HEAD, EACH_ROW, Attention, Quantized, byref, library
+from qbench.native.library import ALL, EACH_HEAD, EACH_ROW, Attention, HeadStrides, Quantized, byref, library
 from qbench.numerics import (
     PROBABILITIES,
     centred,
@@ -42,8 +42,17 @@ class _Operands:
             expanded = floats(mask).reshape(mask.shape[-2:] if mask.dim() > 1 else mask.shape).expand(self.sizes[:2])
         self.mask = None if expanded is None else expanded.contiguous()
 
-    def call(self, **options: float) -> Attention:
-        return Attention(self.batch.numel(), *self.sizes, mask=pointer(self.mask), mask_shared=self.shared, **options)
+    def result(self) -> Tensor:
+        """Of codes; the heads of a sample lie side by side, as the layer behind them takes them."""
+        (*samples, heads), (rows, _, _, width) = self.batch or (1,), self.sizes
+        if len(self.batch) < 2:
+            return torch.empty(*self.batch, rows, width, dtype=torch.uint8)
+        return torch.empty(*samples, rows, heads, width, dtype=torch.uint8).transpose(-3, -2)
+
+    def call(self, **options: Any) -> Attention:
+        each = self.batch[-1] if len(self.batch) > 1 else 1
+        sizes = self.batch.numel(), *self.sizes, max(each, 1)
+        return Attention(*sizes, mask=pointer(self.mask), mask_shared=self.shared, **options)
 
 
 def attention(c: Constants, macs: Macs) -> Kernel:
@@ -57,13 +66,28 @@ def attention(c: Constants, macs: Macs) -> Kernel:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         operands = _Operands(q, k, v, mask)
-        q, k, v = codes(operands.q), codes(operands.k), codes(operands.v)
-        y = torch.empty(*operands.batch, q.shape[-2], v.shape[-1], dtype=torch.uint8)
-        call = operands.call(**options)
+        q, k, v = (_in_heads(x) for x in (operands.q, operands.k, operands.v))
+        y = operands.result()
+        strides = {name: _strides(x) for name, x in zip("qkvy", (q, k, v, y), strict=True)}
+        call = operands.call(**options, **strides)
         macs.int8 += library().qb_attention(byref(call), q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr())
         return y
 
     return run
+
+
+def _in_heads(x: Tensor) -> Tensor:
+    """Codes [samples, heads, rows, width], or fewer dimensions, whose rows are in one piece: as they lie, or a copy."""
+    if x.dtype != torch.uint8 or x.dim() > 4 or x.stride(-1) != 1:
+        return codes(x)
+    return x
+
+
+def _strides(x: Tensor) -> HeadStrides:
+    """Of [samples..., heads, rows, width], [samples, rows, width] or [rows, width]."""
+    if x.dim() < 4:
+        return HeadStrides(x.stride(0) if x.dim() == 3 else 0, 0, x.stride(-2))
+    return HeadStrides(*x.stride()[-4:-1])
 
 
 def dynamic_attention(c: Constants, macs: Macs) -> Kernel:

@@ -9,10 +9,11 @@ struct PackedRows {
   int32_t* totals;
   int64_t depth;
 
-  // Keys: `columns` outputs, the products of each side by side.
-  void pack_rows(const uint8_t* x, int64_t columns, int64_t count) {
+  // Keys: `columns` outputs `stride` apart, the products of each side by side.
+  void pack_rows(const uint8_t* first, int64_t columns, int64_t count, int64_t stride) {
     begin(columns, count);
-    for (int64_t j = 0; j < columns; ++j, x += count) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const uint8_t* x = first + j * stride;
       int8_t* to = values + j / TILE * depth * TILE + j % TILE * PACKED;
       int64_t k = 0;
       for (; k + PACKED <= count; k += PACKED, to += PACKED * TILE)
@@ -22,8 +23,8 @@ struct PackedRows {
     add_up(columns);
   }
 
-  // Values: `count` products of `columns` outputs side by side.
-  void pack_columns(const uint8_t* x, int64_t columns, int64_t count) {
+  // Values: `count` products `stride` apart of `columns` outputs side by side.
+  void pack_columns(const uint8_t* x, int64_t columns, int64_t count, int64_t stride) {
     begin(columns, count);
     for (int64_t k = 0; k < count; k += PACKED) {
       const int64_t there = std::min(PACKED, count - k);
@@ -32,10 +33,10 @@ struct PackedRows {
         int8_t* to = values + j / TILE * depth * TILE + k * TILE;
 #if defined(QB_AVX512)
         if (there == PACKED) {
-          const uint8_t* at = x + k * columns + j;
+          const uint8_t* at = x + k * stride + j;
           const __mmask16 mask = __mmask16((1u << width) - 1);
-          const __m128i a = _mm_maskz_loadu_epi8(mask, at), b = _mm_maskz_loadu_epi8(mask, at + columns);
-          const __m128i c = _mm_maskz_loadu_epi8(mask, at + 2 * columns), d = _mm_maskz_loadu_epi8(mask, at + 3 * columns);
+          const __m128i a = _mm_maskz_loadu_epi8(mask, at), b = _mm_maskz_loadu_epi8(mask, at + stride);
+          const __m128i c = _mm_maskz_loadu_epi8(mask, at + 2 * stride), d = _mm_maskz_loadu_epi8(mask, at + 3 * stride);
           const __m128i ab = _mm_unpacklo_epi8(a, b), AB = _mm_unpackhi_epi8(a, b);
           const __m128i cd = _mm_unpacklo_epi8(c, d), CD = _mm_unpackhi_epi8(c, d);
           const __m128i flip = _mm_set1_epi8(char(0x80));
@@ -48,7 +49,7 @@ struct PackedRows {
         }
 #endif
         for (int64_t i = 0; i < there; ++i)
-          for (int64_t c = 0; c < width; ++c) to[c * PACKED + i] = int8_t(x[(k + i) * columns + j + c] ^ 0x80);
+          for (int64_t c = 0; c < width; ++c) to[c * PACKED + i] = int8_t(x[(k + i) * stride + j + c] ^ 0x80);
       }
     }
     add_up(columns);
@@ -172,6 +173,11 @@ inline void masked(const Attention& a, int64_t head, int64_t query, int64_t stri
   for (int64_t k = seen; k < stride; ++k) scores[k] = -INFINITY;
 }
 
+// Where a head begins.
+inline int64_t begin_of(const Attention& a, const HeadStrides& strides, int64_t head) {
+  return head / a.each * strides.sample + head % a.each * strides.head;
+}
+
 int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const uint8_t* v, uint8_t* y) {
   const float low = float(a.q_min - a.zero_point), high = float(a.q_max - a.zero_point);
   int32_t q_zeros[AT_ONCE], p_zeros[AT_ONCE] = {};
@@ -181,13 +187,15 @@ int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const 
   for (int64_t head = 0; head < a.heads; ++head) {
     Heads h(a);
     if (!h.complete()) continue;
-    h.keys.pack_rows(k + head * a.keys * a.depth, a.keys, a.depth);
-    h.values.pack_columns(v + head * a.keys * a.width, a.width, a.keys);
+    const uint8_t* queries = q + begin_of(a, a.q, head);
+    uint8_t* results = y + begin_of(a, a.y, head);
+    h.keys.pack_rows(k + begin_of(a, a.k, head), a.keys, a.depth, a.k.row);
+    h.values.pack_columns(v + begin_of(a, a.v, head), a.width, a.keys, a.v.row);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);
       float e_sums[AT_ONCE];
       for (int64_t r = 0; r < count; ++r)
-        h.row(q + (head * a.queries + first + r) * a.depth, a.depth, a.q_zero_point, h.rows + r * h.keys.depth);
+        h.row(queries + (first + r) * a.q.row, a.depth, a.q_zero_point, h.rows + r * h.keys.depth);
       h.product(h.keys, count, q_zeros, a.keys, a.depth, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
         const Ints centred = centred_sums(sums, Ints{} + a.k_zero_point, row_sum);
         set_lanes(h.scores + r * h.stride + column, to_floats(centred) * a.m_scores);
@@ -204,7 +212,7 @@ int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const 
       h.product(h.values, count, p_zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
         const Floats value = to_floats(centred_sums(sums, Ints{} + a.v_zero_point, row_sum)) * a.m;
         const Ints codes = rounded_lanes(value, low, high) + a.zero_point;
-        put(to_bytes(codes), a.width - column, y + (head * a.queries + first + r) * a.width + column);
+        put(to_bytes(codes), a.width - column, results + (first + r) * a.y.row + column);
       });
     }
   }
@@ -276,7 +284,7 @@ int64_t probabilities(const Attention& a, const Quantized& q, const Quantized& k
   for (int64_t head = 0; head < a.heads; ++head) {
     Heads h(a);
     if (!h.complete()) continue;
-    h.keys.pack_rows(k.codes + head * a.keys * a.depth, a.keys, a.depth);
+    h.keys.pack_rows(k.codes + head * a.keys * a.depth, a.keys, a.depth, a.depth);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);
       weigh_keys(a, q, k, nullptr, head, first, count, h);
@@ -298,7 +306,7 @@ int64_t weighted_values(const Attention& a, const Quantized& p, const Quantized&
   for (int64_t head = 0; head < a.heads; ++head) {
     Heads h(a);
     if (!h.complete()) continue;
-    h.values.pack_columns(v.codes + head * a.keys * a.width, a.width, a.keys);
+    h.values.pack_columns(v.codes + head * a.keys * a.width, a.width, a.keys, a.width);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t row = head * a.queries + first, count = std::min(AT_ONCE, a.queries - first);
       add_values(a, p.codes + row * a.keys, scales, zeros, v, head, count, h, y + row * a.width);
@@ -321,8 +329,8 @@ int64_t dynamic_attention(const Attention& a, const Quantized& q, const Quantize
     Heads h(a);
     uint8_t* codes = coded.of<uint8_t>(AT_ONCE * a.keys);
     if (!h.complete() || !codes) continue;
-    h.keys.pack_rows(k.codes + head * a.keys * a.depth, a.keys, a.depth);
-    h.values.pack_columns(v.codes + head * a.keys * a.width, a.width, a.keys);
+    h.keys.pack_rows(k.codes + head * a.keys * a.depth, a.keys, a.depth, a.depth);
+    h.values.pack_columns(v.codes + head * a.keys * a.width, a.width, a.keys, a.width);
     for (int64_t first = 0; first < a.queries; first += AT_ONCE) {
       const int64_t count = std::min(AT_ONCE, a.queries - first);
       float scales[AT_ONCE];

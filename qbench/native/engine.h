@@ -68,9 +68,15 @@ struct Recurrent {
   int32_t affine, per_row;  // of the dynamic codes
 };
 
-// q [heads][queries][depth], k [heads][keys][depth], v [heads][keys][width]; a head is one of a sample.
+// Elements from sample to sample, from head to head of a sample, from row to row; a row is in one piece.
+struct HeadStrides {
+  int64_t sample, head, row;
+};
+
+// q [heads][queries][depth], k [heads][keys][depth], v [heads][keys][width]; a head is one of a sample, which has `each`.
 struct Attention {
-  int64_t heads, queries, keys, depth, width;
+  int64_t heads, queries, keys, depth, width, each;
+  HeadStrides q, k, v, y;  // of static attention
   const float* mask;  // [heads][queries][keys], or [queries][keys] for all heads; null: none
   int32_t mask_shared, causal;
   float m_scores;  // static: of a score; dynamic: the factor

@@ -93,9 +93,14 @@ class Recurrent(Structure):
     ]
 
 
+class HeadStrides(Structure):
+    _fields_ = [(name, c_int64) for name in ("sample", "head", "row")]
+
+
 class Attention(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("heads", "queries", "keys", "depth", "width")),
+        *((name, c_int64) for name in ("heads", "queries", "keys", "depth", "width", "each")),
+        *((name, HeadStrides) for name in ("q", "k", "v", "y")),
         ("mask", c_void_p),
         ("mask_shared", c_int32),
         ("causal", c_int32),
