@@ -1,7 +1,7 @@
 """`python -m qbench.kernels TASK`: how fast the native engine's kernels are on a task's layers.
 
 Each operation of the quantized program runs alone on the inputs that it has there; GMAC/s stands beside the share of
-what this core multiplies at most, measured in the same run.
+what this core multiplies at most, measured in the same run. Products with padding count, also where they are left out.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def time_cells(
     cache: str,
     backend: str | None = None,
 ) -> dict[str, Any]:
-    """Time cells of one task beside each other and fp32 in this process, which must be fresh.
+    """Time cells of one task beside each other and fp32 in this process: fresh, or after cells of other tasks.
 
     `programs` are the saved models by name, run by `backend`; fp32 is as torch runs it (eager). Without any it is the
     fp32 cell: eager against compiled, so that the others can be chained to the faster. `cache` is the results' cache

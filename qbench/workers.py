@@ -9,7 +9,6 @@ libraries lie at the same places: those that are to be a sample are started `fre
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
 import functools
@@ -27,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from multiprocessing import connection, forkserver, process
+from multiprocessing import connection, forkserver, process, util
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,11 +98,11 @@ def end_spares() -> None:
     """End the fresh children that nobody has used."""
     while _spares:
         child, pipe = _spares.pop()
-        pipe.close()
         _end(child)
+        pipe.close()
 
 
-atexit.register(end_spares)  # before multiprocessing, loaded earlier, waits for them
+util.Finalize(None, end_spares, exitpriority=0)  # before multiprocessing waits for them
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], at_once: int) -> list[T]:
@@ -158,7 +157,7 @@ def run(
     with pipe:
         try:
             _running.add(child)
-            with contextlib.suppress(BrokenPipeError):  # of a child that has died, of which _wait tells
+            with contextlib.suppress(ConnectionError):  # of a child that has died, of which _wait tells
                 pipe.send_bytes(json.dumps([function, arguments, str(log), threads]).encode())
             answer = _wait(child, pipe, say or (lambda text: None), timeout_s)
             _exit_code(child, LEAVE_S)
@@ -182,8 +181,10 @@ def _start(context: multiprocessing.context.BaseContext, fresh: bool) -> Child:
     return child, pipe
 
 
-def _spare() -> Child:
-    """A fresh child. Where there is none, SPARE are started, and all have loaded: none does so beside a measurement."""
+def ready() -> None:
+    """See that there is a fresh child: else SPARE are started, and all have loaded before anything is measured."""
+    while _spares and _exit_code(_spares[-1][0], 0) is not None:  # something has ended it as it rested
+        _spares.pop()[1].close()
     if not _spares:
         try:
             _spares.extend(_start(multiprocessing.get_context("spawn"), fresh=True) for _ in range(SPARE))
@@ -197,6 +198,10 @@ def _spare() -> Child:
         except BaseException:
             end_spares()
             raise
+
+
+def _spare() -> Child:
+    ready()
     return _spares.pop()
 
 
@@ -224,8 +229,10 @@ def _wait(child: process.BaseProcess, pipe: connection.Connection, say: Say, tim
 
 def _exit_code(child: process.BaseProcess, seconds: float | None = None) -> int | None:
     """Of a child that ends within these seconds; None of one that does not."""
-    connection.wait([child.sentinel], seconds)
+    ended = connection.wait([child.sentinel], seconds)
     with _turn:
+        if ended:
+            child.join()  # a spawned one closes its pipe somewhat before it is gone
         return child.exitcode
 
 
@@ -265,7 +272,10 @@ def _serve(pipe: connection.Connection, fresh: bool) -> None:
             importlib.import_module(module)
         pipe.send_bytes(b"loaded")
     gc.freeze()  # what is loaded stays: it takes a quarter of a second to look for garbage in it
-    function, arguments, log, threads = json.loads(pipe.recv_bytes())
+    try:
+        function, arguments, log, threads = json.loads(pipe.recv_bytes())
+    except EOFError:
+        os._exit(0)  # nobody asks any more
     _redirect_output(log)
     if threads is not None:
         import torch  # loaded by the fork server

@@ -5,8 +5,8 @@
 
 appends to docs/gate/bank-quiet.jsonl: one line a process and task, the block medians of fp32 (`eager`) and each cell in
 milliseconds by round. Every LOOPS_EVERY-th process also times LOOPS of calls of one cell a task: contestants whose
-ratios are known by construction. The first line tells the machine; `seconds` are those of the process, every second
-time with those in which it and the next one load torch. A run that was ended goes on where it was.
+ratios are known by construction. The first line tells the machine; `loading` are the seconds in which two processes
+started, or 0 where the last one's is used, `timing` those for all cells. A run that was ended goes on where it was.
 """
 
 from __future__ import annotations
@@ -94,10 +94,12 @@ def collect(path: Path, count: int, works: dict[str, list[Work]], results: Path)
     for index in range(have, count):
         progress.begin(f"process {index + 1} of {count}")
         started = time.monotonic()
-        found = _process(works, index, results, progress)
-        seconds = round(time.monotonic() - started, 2)
+        workers.ready()
+        loaded = time.monotonic()
+        found = _process(works, max(index, 1), results, progress)
+        seconds = {"loading": round(loaded - started, 2), "timing": round(time.monotonic() - loaded, 2)}
         for task, cells in works.items():
-            line: dict[str, Any] = {"process": index, "seconds": seconds, "task": task, "ms": found[task]}
+            line: dict[str, Any] = {"process": index, **seconds, "task": task, "ms": found[task]}
             if index % LOOPS_EVERY == 0:
                 line["loops"] = _loops(next(w for w in cells if w.cell.name.endswith(f"[{LOOPED}]")), index, progress)
             with path.open("a") as file:
@@ -129,7 +131,7 @@ def _loops(work: Work, index: int, progress: Progress) -> dict[str, list[float]]
         "process_index": index,
     }
     with timing_lock.machine(alone=True, say=progress.say):
-        times = workers.run("bank:time_loops", arguments, log=work.folder / "loops.txt", say=progress.say)
+        times = workers.run("bank:time_loops", arguments, log=work.folder / "loops.txt", say=progress.say, fresh=True)
     return {name: _rounded(ms) for name, ms in times["medians_ms"].items()}
 
 

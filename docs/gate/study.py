@@ -102,7 +102,7 @@ Loops = dict[str, list[float]]
 class Bank:
     """By cell, of each process the value (log speed-up) and the log of fp32's time; `loops` are those of known ratio.
 
-    A process takes `loading` seconds to start, two at once, and `timing` for all cells.
+    A process takes `loading` seconds to start and `timing` for all cells.
     """
 
     values: dict[str, list[float]]
@@ -125,9 +125,8 @@ def read(path: Path) -> Bank:
     values, fp32 = ({name: side[:whole] for name, side in sides.items()} for sides in cells)
     tasks = dict.fromkeys(line["task"] for line in lines)
     loops = [_logs([line["loops"] for line in lines if line["task"] == task and "loops" in line]) for task in tasks]
-    seconds = {line["process"]: line["seconds"] for line in lines if line["process"]}
-    pair, rest = (statistics.median(s for n, s in seconds.items() if n % 2 == odd) for odd in (1, 0))
-    return Bank(values, fp32, loops, (pair - rest) / 2, rest)
+    loading, timing = (statistics.mean(line[part] for line in lines) for part in ("loading", "timing"))
+    return Bank(values, fp32, loops, loading, timing)
 
 
 def _logs(processes: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Loops, Loops]:

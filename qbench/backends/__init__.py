@@ -84,8 +84,8 @@ class Engine(Backend, Protocol):
     def kernel(self, node: fx.Node, constants: dict[str, Any], macs: Macs) -> Callable[..., Any]:
         """A function of the activations only that executes one node of the int8 program.
 
-        `constants` holds the node's other arguments by name, tensors included, ready to be packed once. The kernel adds
-        the multiply-accumulates that it performs to `macs` each time it runs.
+        `constants` holds the node's other arguments by name, tensors included, to be packed when needed. The kernel
+        adds the multiply-accumulates of the layer, with padding too, to `macs` each time it runs.
         """
         ...
 

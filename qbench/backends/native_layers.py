@@ -1,4 +1,4 @@
-"""Layers with an int8 weight on the native engine: the weight is packed once, its arithmetic is engine.h's."""
+"""Layers with an int8 weight on the native engine: the weight is packed for it, the arithmetic is engine.h's."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class _FloatDepthwise(Images):
 
     def __init__(self, c: Constants) -> None:
         super().__init__(c)
-        self.groups, zero_points = 1, c["weight_zero_point"]  # its constants lie channel by channel
+        zero_points = self.zero_points
         self.offsets = None if zero_points is None else tiled(spread_out(zero_points, self.outputs).int(), 1)
         self.bias = None if c["bias"] is None else tiled(c["bias"][:, None], 1)
 

@@ -116,7 +116,7 @@ def dynamic(c: Constants, macs: Macs) -> Kernel:
 
 
 def weight_only(c: Constants, macs: Macs) -> Kernel:
-    """Float32 in and out, the weights read back tile by tile."""
+    """Float32 in and out, the weights read back tile by tile, or once a call where that is little."""
     outputs = len(c["weight_ih"])
     finish_ih, finish_hh = finish_floats(None, None, outputs, 1), finish_floats(None, c["bias"], outputs, 1)
     layer = _Layer(c, finish_ih, finish_hh)

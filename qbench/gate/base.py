@@ -20,6 +20,7 @@ from qbench.gate.baseline import Baseline, BaselineError
 from qbench.native import sources
 
 BUILD_S = 900.0
+FORM = 2  # of the requests and of what a process times: two sides of one form are comparable
 SOURCES = (".cpp", ".h", ".inc", ".py")  # of the engine and its build
 
 
@@ -69,7 +70,12 @@ class BaseSide:
             stdout=subprocess.PIPE,
             text=True,
         )
-        code = Path(self._ask(do="where")["qbench"])
+        found = self._ask(do="where")
+        if found.get("form") != FORM:
+            raise UsageError(
+                f"--qbench-base: revision {self.revision[:12]} has a gate of another kind: take a later one"
+            )
+        code = Path(found["qbench"])
         if (tree / "qbench" / "gate").is_dir() and not code.is_relative_to(tree):
             raise UsageError(f"--qbench-base: the revision would run the code in {code}, not its own")
 
@@ -78,7 +84,7 @@ class BaseSide:
         self._ask(do="begin", names=list(names))
 
     def time(self, names: Sequence[str], index: int) -> None:
-        """Time cells of one task in one more fresh process there."""
+        """Time cells in one more fresh process there."""
         self._ask(do="time", names=list(names), index=index)
 
     def baselines(self, names: Sequence[str]) -> dict[str, Baseline | BaselineError | None]:
@@ -216,7 +222,7 @@ def _serve(asked: Mapping[str, Any]) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                found: dict[str, Any] = {"qbench": str(Path(__file__).resolve())}
+                found: dict[str, Any] = {"qbench": str(Path(__file__).resolve()), "form": FORM}
                 if request["do"] == "where":
                     pass
                 elif request["do"] == "begin":

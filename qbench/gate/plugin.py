@@ -236,7 +236,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the fork server."""
+    """End the processes that wait for work."""
     gate = config.stash.get(SESSION, None)
     if gate is not None:
         gate.close()

@@ -67,9 +67,10 @@ class Sampling:
         That is where cells without a revision are concerned: the others are measured beside theirs, if at all.
         """
         self.started = time.monotonic()
-        goal = MOST if self.settings.update else self.least
+        most = max(MOST, self.least)
+        goal = most if self.settings.update else self.least
         alone = set(self.stored) - self.revisions.keys()
-        for index in range(max(MOST, self.least)):
+        for index in range(most):
             if index >= goal and (self._late() or not self._wide(alone)):
                 break
             self._time(self.names, index, self.base)
@@ -92,7 +93,7 @@ class Sampling:
         if names := [name for name in self._beside(moved) if name not in self.revisions]:
             self.confirmed |= set(names)
             self.side.say(f"{names[0]} seems to have changed its speed: measuring once more")
-            done = len(self.side.works[names[0]].timings)
+            done = max(len(self.side.works[name].timings) for name in moved)
             for index in range(done, 2 * done):
                 self._time(names, index, self.base)
 

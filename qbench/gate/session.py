@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,11 +126,19 @@ class GateSession:
         return orphans(self._names, self.settings) if self._names else []
 
     def close(self) -> None:
-        """End the fork server."""
+        """End the processes that wait for work."""
         if "qbench.workers" in sys.modules:
             from qbench import workers
 
             workers.stop()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One gate measures at a time: the cells of two would share folders."""
+        self._place.mkdir(parents=True, exist_ok=True)
+        with (self._place / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _keep(self, into: dict[str, Outcome], found: Sequence[Outcome], settings: Settings) -> None:
         if settings.update:
@@ -158,7 +167,7 @@ class GateSession:
 
         base = at(revision) if revision else None
         try:
-            with results.claim(self._place):
+            with self._alone(), results.claim(self._place):
                 outcomes = run(side, names, settings, base, at)
         finally:
             if base is not None:

@@ -41,10 +41,11 @@ struct Share {
 
   void float_products(const Product& p, const Pieced& list, const float* scales, const float* ready) const {
     const int64_t bands = (p.tiles + FLOAT_TILES - 1) / FLOAT_TILES, panels = (p.total + FLOAT_PANEL - 1) / FLOAT_PANEL;
-    for (int64_t index = 0; index < panels; ++index) {
+    const bool by_rows = bands < parts;
+    for (int64_t index = by_rows ? begin(panels) : 0; index < (by_rows ? end(panels) : panels); ++index) {
       const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
-      float_panel(p, list, scales, first, count, begin(bands) * FLOAT_TILES,
-                  std::min(end(bands) * FLOAT_TILES, p.tiles), ready);
+      float_panel(p, list, scales, first, count, by_rows ? 0 : begin(bands) * FLOAT_TILES,
+                  by_rows ? p.tiles : std::min(end(bands) * FLOAT_TILES, p.tiles), ready);
     }
   }
 
@@ -161,7 +162,7 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
   pieces_of(one, made);
   const Pieced& list = made;
   float* ready = nullptr;
-  if (!list.in_registers && all * hidden <= READY) {
+  if (r.steps > 1 && !list.in_registers && all * hidden <= READY) {
     ready = read.of<float>(one.tiles * TILE * hidden);
     if (!ready) return 0;
     read_back_all(one, list, ready);
