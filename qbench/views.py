@@ -94,7 +94,8 @@ class _Chain:
             if len(dims[axis]) != 1 or not isinstance(index, int):
                 return None
             (part,) = dims.pop(axis)
-            return replace(self, dims=tuple(dims), taken={**self.taken, part: index % part.size})
+            index = index if part.size % UNKNOWN == 0 else index % part.size
+            return replace(self, dims=tuple(dims), taken={**self.taken, part: index})
         return replace(self, dims=tuple(dims))
 
     def _shaped(self, sizes: Sequence[int]) -> _Chain | None:
@@ -103,7 +104,7 @@ class _Chain:
         for size in sizes:
             dim: list[_Part] = []
             while math.prod(part.size for part in dim) < size:
-                if not parts:
+                if not parts or size % math.prod(part.size for part in dim):
                     return None
                 part, missing = parts.pop(0), size // math.prod(part.size for part in dim)
                 if part.size > missing:
@@ -147,7 +148,8 @@ def _in_order(linear: fx.Node) -> None:
     *rows, last = chain.dims
     given = [part for dim in rows for part in dim]
     order = sorted(given, key=lambda part: part.place)
-    if order == given:
+    windows = any(len(part.place) > 1 for part in given)  # of an image: they are better copied before than after
+    if order == given or windows:
         return
     moved = replace(chain, dims=(*((part,) for part in order), last))
     back = [order.index(part) for part in given]

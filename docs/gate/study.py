@@ -33,6 +33,7 @@ from qbench.statistics import clopper_pearson
 HERE = Path(__file__).resolve().parent
 LEAST = 6  # processes of conf/measure/ci.yaml
 LOOPS = ("20", "21", "22", "40")
+PARTS = ("loading", "timing")
 LOOPED = 10  # processes a side in an interval of a known ratio
 RUNS = 2000
 INTERVALS = 2000
@@ -83,14 +84,14 @@ decide 150 otherwise by chance alone, {even:.1f} % are called worse or better.
 
 Three limits. The replayed runs draw on the same processes again and again, so the shares are less certain than {runs}
 independent runs would make them (the bounds take them for independent). Baseline and run come from one session on one
-machine, so that what shifts from day to day is not in them. And all processes of a bank come from one fork server,
-which real runs showed to matter: on another machine (AMD Zen 4, noisy) one of seven runs called
-`ci_mobilenet_v2[ptdq-per_channel-symmetric]` 14 % slower (+9 to +19 %) than the same code beside it; its processes were
-slower from the first on. Six fork servers, timed in turns there, differed by a standard deviation of 1.6 to 2.6 %
-(ptdq) and 2.7 to 3.4 % (ptsq of that network), of which the scatter of their processes explains 1.1 to 1.3 % and 1.5
-to 1.8 %; six copies of the model's files, in one server, did not differ by more than their processes. Where libraries
-and memory lie is a server's, and its processes share it: that is the probable cause. Since then each timing process has
-a server of its own. The banks are older: until they are taken again, the shares of false alarms above are too small.
+machine, so that what shifts from day to day is not in them. And the children of one fork server are alike, which real
+runs showed to matter: on a noisy AMD Zen 4 one of seven runs called `ci_mobilenet_v2[ptdq-per_channel-symmetric]` 14 %
+slower (+9 to +19 %) than the same code beside it; its processes were slower from the first on. Six fork servers, timed
+in turns there, differed by a standard deviation of 1.6 to 2.6 % (ptdq) and 2.7 to 3.4 % (ptsq of that network), of
+which the scatter of their processes explains 1.1 to 1.3 % and 1.5 to 1.8 %; six copies of the model's files, in one
+server, did not differ by more than their processes. Where libraries and memory lie is a server's, and its processes
+share it: that is the probable cause. Since then each timing process loads torch itself. Banks that say "of one fork
+server" are older: their shares of false alarms are too small, and their processes timed one task each.
 
 {real}
 """
@@ -110,6 +111,7 @@ class Bank:
     loops: list[tuple[Loops, Loops]]  # of each task: by number of calls, values and times as above
     loading: float
     timing: float
+    one_server: bool  # do all processes come from one fork server?
 
     @property
     def size(self) -> int:
@@ -119,14 +121,14 @@ class Bank:
 
 def read(path: Path) -> Bank:
     """A bank, cut to the processes that all tasks have."""
-    _, *lines = map(json.loads, path.read_text().splitlines())
+    head, *lines = map(json.loads, path.read_text().splitlines())
     cells = _logs([line["ms"] for line in lines])
     whole = min(map(len, cells[0].values()))
     values, fp32 = ({name: side[:whole] for name, side in sides.items()} for sides in cells)
     tasks = dict.fromkeys(line["task"] for line in lines)
     loops = [_logs([line["loops"] for line in lines if line["task"] == task and "loops" in line]) for task in tasks]
-    loading, timing = (statistics.mean(line[part] for line in lines) for part in ("loading", "timing"))
-    return Bank(values, fp32, loops, loading, timing)
+    loading, timing = (statistics.mean(line.get(part, head.get(part)) for line in lines) for part in PARTS)
+    return Bank(values, fp32, loops, loading, timing, head.get("one_server", False))
 
 
 def _logs(processes: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Loops, Loops]:
@@ -321,8 +323,9 @@ def study(path: Path) -> Study:
     state, bank = _state(path), read(path)
     share, total = coverage(bank)
     told = (
-        f"**{state}**: {bank.size} processes a cell, {bank.loading + bank.timing:.1f} s each for all cells; of {total} "
-        f"intervals of 95 % {100 * share:.1f} % hold the known ratio"
+        f"**{state}**: {bank.size} processes a cell{', of one fork server' * bank.one_server}, "
+        f"{bank.loading + bank.timing:.1f} s each for all cells; of {total} intervals of 95 % {100 * share:.1f} % hold "
+        f"the known ratio"
     )
     curves = {
         mode: [100 * found(bank, mode, percent, CURVE_RUNS, random.Random(1)) for percent in CURVE] for mode in MODES
@@ -359,7 +362,7 @@ def real_runs() -> str:
     apart = max(max(peak) - min(peak) for peak in peaks) / 1024
     return (
         f"{len(runs)} real runs of the whole sweep since then, one after another, on unchanged code (`real.py`, "
-        f"`{REAL}`, the same AMD Zen 4): {red} of them red; {seconds[0]} to {seconds[-1]} s each, "
+        f"`{REAL}`, an AMD Zen 4): {red} of them red; {seconds[0]} to {seconds[-1]} s each, "
         f"{statistics.median(seconds):.0f} in the median. Beside `ok` they say, in all: {told}. The peak memory of a "
         f"cell differs by at most {apart:.0f} KiB between runs."
     )
