@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 from qbench.statistics import EXACTLY_ONE, LogRatio, Percentile, chain, percentile, ratio_over_processes
 from qbench.timing import DISTURBANCE, BlockTimes
 
 CELL, EAGER, COMPILED = "cell", "eager", "compiled"  # the contestants; an fp32 cell has no CELL
+
+QUARTER_AT_LEAST = 3  # blocks
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,11 @@ def _median_ms(times: Sequence[BlockTimes], name: str) -> float:
 
 
 def _found(times: Sequence[BlockTimes], own: str) -> dict[str, Any]:
-    """By process: each contestant's median, its shift against its time alone, and the ratio; and the p90's interval."""
+    """By process: each contestant's times, its shift against its time alone, and the ratio; and the p90's interval."""
     names = _in_all(times)
     found: dict[str, Any] = {
         "median_ms": {name: [median(one.calls_ms[name]) for one in times] for name in names},
+        "undisturbed_ms": {name: [undisturbed_ms(one.medians_ms[name]) for one in times] for name in names},
         "shift": {name: [one.shift(name) for one in times] for name in names},
     }
     for name in names:
@@ -119,6 +122,12 @@ def _found(times: Sequence[BlockTimes], own: str) -> dict[str, Any]:
             found[f"eager_over_{name}"] = [ratio_over_processes([one.ratios(EAGER, name)]).ratio for one in times]
     p90 = _p90(times, own)
     return found if p90 is None else {**found, "p90_interval_ms": [p90.low, p90.high]}
+
+
+def undisturbed_ms(medians_ms: Sequence[float]) -> float:
+    """The geometric mean of the fastest quarter of a process' blocks, three at least: other work only slows down."""
+    fastest = sorted(medians_ms)[: max(QUARTER_AT_LEAST, len(medians_ms) // 4)]
+    return geometric_mean(fastest)
 
 
 def _in_all(times: Sequence[BlockTimes]) -> list[str]:

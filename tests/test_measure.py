@@ -198,6 +198,7 @@ def test_combine_quantized_cell_by_hand() -> None:
     assert found["environment"] == {"fp32_baseline": "compiled"}
     assert found["notes"] == []
     assert found["details"]["timing"]["1"]["eager_over_cell"] == pytest.approx([2, 4, 8])
+    assert found["details"]["timing"]["1"]["undisturbed_ms"]["cell"] == pytest.approx([4, 2, 1])
     json.dumps(found, allow_nan=False)
 
 
@@ -399,6 +400,12 @@ def small_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 QUICK = {"batch": 2, "rounds": 2, "block_calls": 3, "block_ms": 0.1, "compile": False}
+
+
+def test_the_fastest_quarter_of_the_blocks_three_at_least_tells_an_undisturbed_time() -> None:
+    assert latency.undisturbed_ms([9.0, 1.0, 8.0, 2.0, 4.0, 7.0]) == pytest.approx(2.0)
+    assert latency.undisturbed_ms([*[3.0] * 4, *[6.0] * 12]) == pytest.approx(3.0)
+    assert latency.undisturbed_ms([2.0, 8.0]) == pytest.approx(4.0)
 
 
 @pytest.mark.usefixtures("small_cell")

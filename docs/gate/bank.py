@@ -5,14 +5,15 @@
 
 appends to docs/gate/bank-quiet.jsonl: one line a process and task, the block medians of fp32 (`eager`) and each cell in
 milliseconds by round. Every LOOPS_EVERY-th process also times LOOPS of calls of one cell a task: contestants whose
-ratios are known by construction. The first line tells the machine; `loading` are the seconds in which two processes
-started, or 0 where the last one's is used, `timing` those for all cells. A run that was ended goes on where it was.
+ratios are known by construction. The first line tells the machine, and the seconds of a process: `loading`, shared by
+the two that start at once, and `timing` for all cells. A run that was ended goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -89,21 +90,32 @@ def collect(path: Path, count: int, works: dict[str, list[Work]], results: Path)
     have = 1 + max((line["process"] for line in lines), default=-1)
     if not path.exists():
         known = identity.environment()
-        path.write_text(json.dumps({key: known.get(key) for key in ("cpu", "torch", "threads", "kernel_path")}) + "\n")
+        head = {key: known.get(key) for key in ("cpu", "torch", "threads", "kernel_path")}
+        path.write_text(json.dumps({**head, **seconds_of(works, results)}) + "\n")
     progress = Progress()
     for index in range(have, count):
         progress.begin(f"process {index + 1} of {count}")
-        started = time.monotonic()
-        workers.ready()
-        loaded = time.monotonic()
         found = _process(works, max(index, 1), results, progress)
-        seconds = {"loading": round(loaded - started, 2), "timing": round(time.monotonic() - loaded, 2)}
         for task, cells in works.items():
-            line: dict[str, Any] = {"process": index, **seconds, "task": task, "ms": found[task]}
+            line: dict[str, Any] = {"process": index, "task": task, "ms": found[task]}
             if index % LOOPS_EVERY == 0:
                 line["loops"] = _loops(next(w for w in cells if w.cell.name.endswith(f"[{LOOPED}]")), index, progress)
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def seconds_of(works: dict[str, list[Work]], results: Path) -> dict[str, float]:
+    """How long a process takes to start, and to time all cells; from some of them."""
+    spent: dict[str, list[float]] = {"loading": [], "timing": []}
+    for _ in range(3):
+        workers.end_spares()
+        clock = time.monotonic()
+        workers.ready()
+        spent["loading"].append((time.monotonic() - clock) / workers.SPARE)
+        clock = time.monotonic()
+        _process(works, 1, results, Progress())
+        spent["timing"].append(time.monotonic() - clock)
+    return {part: round(statistics.median(seconds), 2) for part, seconds in spent.items()}
 
 
 def _process(

@@ -28,12 +28,13 @@ from qbench.gate import baseline, judge, speed
 from qbench.gate.sampling import MOST
 from qbench.gate.settings import Settings
 from qbench.gate.speed import SpeedChange
+from qbench.latency import undisturbed_ms
 from qbench.statistics import clopper_pearson
 
 HERE = Path(__file__).resolve().parent
 LEAST = 6  # processes of conf/measure/ci.yaml
 LOOPS = ("20", "21", "22", "40")
-PARTS = ("loading", "timing")
+ROUNDS = 12  # of conf/measure/ci.yaml: a bank may have more
 LOOPED = 10  # processes a side in an interval of a known ratio
 RUNS = 2000
 INTERVALS = 2000
@@ -63,7 +64,7 @@ run. A slow-down is the logarithm added to one cell (each as often as the others
 is tested with loops of 20, 21, 22 and 40 calls of one object.
 
 - **{revision}**: `pytest --qbench` where the baseline was committed. A cell that seems to differ by more than 2 % is
-  measured once more, in turns with the revision of its baseline, and judged on that alone.
+  measured once more, in turns with the revision of its baseline, and judged on that alone; it must go the same way.
 - **{alone}**: the same where git does not know the baseline. What moved is measured as often again, and 8 % count: a
   machine's own speed, and with it the ratio of float to int8, drifts by several percent within an hour.
 - **{beside}**: everything in turns from the start, 2 % count.
@@ -72,9 +73,9 @@ is tested with loops of 20, 21, 22 and 40 calls of one object.
 
 {tables}
 
-How much a process' value (the log of fp32's time over the cell's, median of its rounds) differs from process to
-process: standard deviation; the same from the means of stretches of {least}, larger where a machine drifts; and that
-at equal times of fp32, at which `speed.change` compares.
+How much a process' value (the log of fp32's time over the cell's, each from the fastest quarter of its blocks) differs
+from process to process: standard deviation; the same from the means of stretches of {least}, larger where a machine
+drifts; and that at equal times of fp32, at which `speed.change` compares.
 
 {spreads}
 
@@ -91,7 +92,9 @@ in turns there, differed by a standard deviation of 1.6 to 2.6 % (ptdq) and 2.7 
 which the scatter of their processes explains 1.1 to 1.3 % and 1.5 to 1.8 %; six copies of the model's files, in one
 server, did not differ by more than their processes. Where libraries and memory lie is a server's, and its processes
 share it: that is the probable cause. Since then each timing process loads torch itself. Banks that say "of one fork
-server" are older: their shares of false alarms are too small, and their processes timed one task each.
+server" are older: their shares of false alarms are too small, their processes timed one task each, and the seconds of a
+process are those of an AMD Zen 4 (of the Xeon: an estimate). `noisy` has processes of their own, on a virtual machine
+(AMD Zen 4) whose neighbours make fp32 up to twice as slow for seconds, and on which other work went on.
 
 {real}
 """
@@ -127,8 +130,7 @@ def read(path: Path) -> Bank:
     values, fp32 = ({name: side[:whole] for name, side in sides.items()} for sides in cells)
     tasks = dict.fromkeys(line["task"] for line in lines)
     loops = [_logs([line["loops"] for line in lines if line["task"] == task and "loops" in line]) for task in tasks]
-    loading, timing = (statistics.mean(line.get(part, head.get(part)) for line in lines) for part in PARTS)
-    return Bank(values, fp32, loops, loading, timing, head.get("one_server", False))
+    return Bank(values, fp32, loops, head["loading"], head["timing"], head.get("one_server", False))
 
 
 def _logs(processes: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Loops, Loops]:
@@ -136,9 +138,9 @@ def _logs(processes: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Loops, Lo
     times: Loops = {}
     for ms in processes:
         for name in (name for name in ms if name != "eager"):
-            ratios = [math.log(a / b) for a, b in zip(ms["eager"], ms[name], strict=True)]
-            values.setdefault(name, []).append(statistics.median(ratios))
-            times.setdefault(name, []).append(math.log(statistics.median(ms["eager"])))
+            fp32, cell = (undisturbed_ms(ms[who][:ROUNDS]) for who in ("eager", name))
+            values.setdefault(name, []).append(math.log(fp32 / cell))
+            times.setdefault(name, []).append(math.log(fp32))
     return values, times
 
 
@@ -184,7 +186,9 @@ class Run:
             pairs = self.fit(left, 2, len({_task(name) for name in suspects}))
             again = {name: _until([name], self.in_turns, pairs, delta)[0][name] for name in suspects}
             quiet = {name: "inconclusive" if speed.wide(found[name], delta) else "ok" for name in self.names}
-            return quiet | _judged(again, delta), len(suspects)
+            words = _judged(again, delta)
+            agreeing = {n: word for n, word in words.items() if again[n].estimate * found[n].estimate > 0.0}
+            return quiet | dict.fromkeys(again, "not significant") | agreeing, len(suspects)
         tasks = {_task(name) for name, word in _judged(found, delta).items() if word in MOVED}
         moved = [name for name in self.names if _task(name) in tasks]
         words = _judged(found | {name: measure(name, 2 * count) for name in moved}, delta)

@@ -17,7 +17,7 @@ from typing import Any
 
 from qbench.record import Record, write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 LARGEST_SPEED = 50.0  # a log: no cell is e^50 times as fast as another
 KEPT = 20  # earlier baselines in a file; the first always stays
 # Of the environment, what decides how fast a cell is and which float kernels run.
@@ -37,9 +37,9 @@ class Baseline:
     """The part of a cell's record that another run of it is judged by.
 
     `speeds` holds by metric (`speedup`, `speedup_b16`) the natural log of fp32's time over the cell's in each process,
-    `milliseconds` the medians of both there. `inputs` is what was asked, `machine` what answered. `history` holds the
-    telling metrics of the baselines that this one replaced, oldest first. `operations` has the milliseconds of each
-    operation of the program at batch 1, each timed alone.
+    `milliseconds` both times there, those of undisturbed blocks (`latency.undisturbed_ms`). `inputs` is what was asked,
+    `machine` what answered. `history` holds the telling metrics of the baselines that this one replaced, oldest first.
+    `operations` has the milliseconds of each operation of the program at batch 1, each timed alone.
     """
 
     schema: int = SCHEMA
@@ -146,10 +146,12 @@ def read(path: Path) -> Baseline:
 def _speeds(timing: Mapping[str, Any]) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
     speeds, milliseconds = {}, {}
     for batch, found in timing.items():
-        if "eager_over_cell" in found:
+        undisturbed = found.get("undisturbed_ms", {})  # which older records lack
+        if "cell" in undisturbed:
             name = "speedup" if batch == "1" else f"speedup_b{batch}"
-            speeds[name] = [math.log(ratio) for ratio in found["eager_over_cell"]]
-            milliseconds[name] = {"cell": found["median_ms"]["cell"], "fp32": found["median_ms"]["eager"]}
+            cell, fp32 = undisturbed["cell"], undisturbed["eager"]
+            speeds[name] = [math.log(b / a) for a, b in zip(cell, fp32, strict=True)]
+            milliseconds[name] = {"cell": cell, "fp32": fp32}
     return speeds, milliseconds
 
 

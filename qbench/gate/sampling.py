@@ -9,6 +9,7 @@ Time is kept for that: where there is a revision, more processes are taken besid
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Sampling:
         self.least = max([speed.LEAST, *(cells_module.timed(work.cell).processes for work in side.works.values())])
         self.confirmed: set[str] = set()  # cells that were measured a second time: only they can be worse or better
         self.turns: dict[str, Turns] = {}
+        self.suspected: dict[tuple[str, str], float] = {}  # the change that the first measurement saw
         self.revisions: dict[str, str] = {}
         self.started = time.monotonic()
         if base is None and at is not None and not settings.update:
@@ -100,7 +102,8 @@ class Sampling:
     def judged(self) -> dict[tuple[str, str], SpeedTest]:
         """By cell and metric the test of its speed, corrected over all of the run.
 
-        Measurements in turns with a baseline's revision are a sample of their own, with a correction of their own.
+        Measurements in turns with a baseline's revision are a sample of their own, with a correction of their own; they
+        count where they go the way that the first measurement went.
         """
         first: dict[tuple[str, str], SpeedTest] = {}
         again: dict[tuple[str, str], SpeedTest] = {}
@@ -115,11 +118,17 @@ class Sampling:
                 matters = speed.DELTA if paired or name in self.revisions else speed.DRIFT
                 tests = speed_tests(before, now, limits, paired=paired, matters=matters, than=than)
                 (first if turns is None else again).update({(name, m): test for m, test in tests.items()})
-        return corrected(first) | corrected(again)
+        seen = self.suspected
+        return corrected(first) | {
+            key: test if test.change.estimate * seen.get(key, 0.0) > 0.0 else dataclasses.replace(test, level=0.0)
+            for key, test in corrected(again).items()
+        }
 
     def _suspects(self) -> dict[str, list[str]]:
         """By revision, the cells whose speed seems to differ from its baseline's by more than what matters."""
-        moved = {key[0] for key, test in self.judged().items() if abs(test.change.estimate) > test.delta}
+        judged = self.judged()
+        self.suspected = {key: test.change.estimate for key, test in judged.items()}
+        moved = {key[0] for key, test in judged.items() if abs(test.change.estimate) > test.delta}
         found: dict[str, list[str]] = {}
         for name in (name for name in self.names if name in moved and name in self.revisions):
             found.setdefault(self.revisions[name], []).append(name)

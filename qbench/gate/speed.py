@@ -1,6 +1,7 @@
 """Did a cell become slower? The sample is the fresh process; docs/gate/study.md tests these rules on recorded ones.
 
-A process' value is the natural log of its speed-up over fp32. The change is the difference of two means of such values,
+A process' value is the natural log of fp32's time over the cell's, each from its fastest blocks (what else runs on a
+machine only slows down; Chen and Revels 2016). The change is the difference of two means of such values,
 or the mean of their differences where two sides were measured in turns, at equal times of fp32 (analysis of covariance,
 Fisher 1932): what slows a machine down slows fp32 and int8 by different shares, and that time tells in which state a
 process found the machine. Positive is slower. The tests of one run are corrected together (Holm 1979).
@@ -14,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from qbench.statistics import CONFIDENCE, LEVEL
+from qbench.statistics import CONFIDENCE
 
 Name = TypeVar("Name")
 
 DELTA = math.log(1.02)  # the smallest change that matters, where it can be measured in turns
 DRIFT = math.log(1.08)  # against a stored baseline alone: less than this a machine's speed changes by itself
+LEVEL = 0.03  # the chance of a false alarm among a run's tests, which have to agree with the first measurement too
 LEAST = 5  # processes a side; a measurement may ask for more
 SLOPED = 5  # pairs from which their slope is taken
 
