@@ -17,7 +17,7 @@ from user_project import ROOT, TEMPORARY, make, needs_engine, qbench
 
 from qbench import compare, workers
 from qbench.config import UsageError
-from qbench.gate import base, session, speed  # noqa: F401
+from qbench.gate import base, sampling, session, speed  # noqa: F401
 from qbench.gate.base import committed
 from qbench.gate.baseline import read
 from qbench.native import sources
@@ -138,6 +138,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "stop", lambda: None)  # the fork server is started once
     monkeypatch.setattr(workers, "_spare", lambda: workers._start(workers._context(), fresh=False))  # no 3 s each
     monkeypatch.setattr(speed, "LEAST", 2)
+    monkeypatch.setattr(sampling, "MOST", 4)
     return tmp_path
 
 
@@ -276,8 +277,8 @@ def test_with_workers_of_xdist_cells_still_run_one_after_another(project):
     ended = run(project, "--qbench", "-n", "2", "--qbench-update")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 passed" in ended.stdout
-    assert "gw0" not in ended.stdout
-    assert "workers" not in ended.stdout
+    assert "bringing up nodes" not in ended.stdout
+    assert "2 workers" not in ended.stdout
     assert ended.stderr.count("measuring 2 cells") + ended.stdout.count("measuring 2 cells") == 1
     assert sorted(path.name for path in (project / "results/baseline").iterdir()) == [
         "tiny[fp32].json",
