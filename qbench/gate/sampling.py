@@ -164,10 +164,10 @@ class Sampling:
     def _time(self, names: Sequence[str], index: int, base: BaseSide | None, begun: int = 0) -> None:
         """One more process, `begun` others aside; the base's before or after it."""
         if base is not None and index % 2:
-            base.time(names, index)
+            base.time(names, begun + index)
         self.side.time(names, begun + index)
         if base is not None and not index % 2:
-            base.time(names, index)
+            base.time(names, begun + index)
         if self.base is not None:
             self.stored |= self.base.baselines(names)
 
