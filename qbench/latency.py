@@ -13,7 +13,7 @@ from qbench.timing import DISTURBANCE, BlockTimes
 
 CELL, EAGER, COMPILED = "cell", "eager", "compiled"  # the contestants; an fp32 cell has no CELL
 
-QUARTER_AT_LEAST = 3  # blocks
+FASTEST = 3  # blocks at least whose times count as undisturbed
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _found(times: Sequence[BlockTimes], own: str) -> dict[str, Any]:
 
 def undisturbed_ms(medians_ms: Sequence[float]) -> float:
     """The geometric mean of the fastest quarter of a process' blocks, three at least: other work only slows down."""
-    fastest = sorted(medians_ms)[: max(QUARTER_AT_LEAST, len(medians_ms) // 4)]
+    fastest = sorted(medians_ms)[: max(FASTEST, len(medians_ms) // 4)]
     return geometric_mean(fastest)
 
 

@@ -201,6 +201,7 @@ def ready() -> None:
 
 
 def _spare() -> Child:
+    """A fresh child, out of those that rest."""
     ready()
     return _spares.pop()
 
@@ -210,8 +211,8 @@ def _wait(child: process.BaseProcess, pipe: connection.Connection, say: Say, tim
     deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     text = ""
     while (left := deadline - time.monotonic()) > 0:
-        ready = connection.wait([pipe, child.sentinel], timeout=min(TICK_S, left))
-        if pipe in ready:
+        signalled = connection.wait([pipe, child.sentinel], timeout=min(TICK_S, left))
+        if pipe in signalled:
             try:
                 message: dict[str, Any] = json.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
@@ -219,7 +220,7 @@ def _wait(child: process.BaseProcess, pipe: connection.Connection, say: Say, tim
             if "say" not in message:
                 return message
             text = message["say"]
-        elif ready:
+        elif signalled:
             break
         say(text)
     else:
