@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qbench.backends.native_operands import (
     NOT_FINITE,
+    TILE,
     Constants,
     Held,
     Kernel,
@@ -28,6 +30,22 @@ if TYPE_CHECKING:
     from qbench.program import Macs
 
 GATES = {"scale": None, "zero_point": 0, "q_min": 0, "q_max": 255, "residual_scale": 1.0, "residual_zero_point": 0}
+
+
+def _by_units(per_output: Tensor | None, hidden: int) -> Tensor | None:
+    """[4 * hidden or 1, ...] for the gates i, f, g, o in qb::Recurrent's order: TILE units at a time, filled up with 0."""
+    if per_output is None:
+        return None
+    by_gate = per_output.expand(4 * hidden, *per_output.shape[1:]).unflatten(0, (4, hidden))
+    filled = functional.pad(by_gate, (0, 0) * (by_gate.dim() - 2) + (0, -hidden % TILE))
+    return filled.unflatten(1, (-1, TILE)).transpose(0, 1).flatten(0, 2)
+
+
+def _in_order(c: Constants) -> Constants:
+    """The constants of a layer with all that belongs to outputs in the engine's order."""
+    weights = [f"{name}{part}" for name in ("weight_ih", "weight_hh") for part in ("", "_scale", "_zero_point")]
+    hidden = c["weight_hh"].shape[1]
+    return {**c, **{name: _by_units(c[name], hidden) for name in (*weights, "bias")}}
 
 
 def _weight(c: Constants, name: str) -> Held:
@@ -70,6 +88,7 @@ class _Layer:
 
 def static(c: Constants, macs: Macs) -> Kernel:
     """Codes in; codes of h out, rounded once, and c as float32."""
+    c = _in_order(c)
     zero, outputs = c["zero_point"], c["weight_ih"]
     of_x = {**GATES, "weight": outputs, "bias": c["bias"]}
     finish_ih = finish_codes(of_x, multiplier(c["x_scale"], c["weight_ih_scale"]), 1)
@@ -92,6 +111,7 @@ def static(c: Constants, macs: Macs) -> Kernel:
 
 def dynamic(c: Constants, macs: Macs) -> Kernel:
     """Float32 in and out; x and h become codes apart, for each step of each sample or (per tensor) together."""
+    c = _in_order(c)
     outputs, per_row = len(c["weight_ih"]), c["rows"] == "per_row"
     finish_ih = finish_floats(c["weight_ih_scale"], None, outputs, 1)
     finish_hh = finish_floats(c["weight_hh_scale"], c["bias"], outputs, 1)
@@ -117,6 +137,7 @@ def dynamic(c: Constants, macs: Macs) -> Kernel:
 
 def weight_only(c: Constants, macs: Macs) -> Kernel:
     """Float32 in and out, the weights read back tile by tile, or once a call where that is little."""
+    c = _in_order(c)
     outputs = len(c["weight_ih"])
     finish_ih, finish_hh = finish_floats(None, None, outputs, 1), finish_floats(None, c["bias"], outputs, 1)
     layer = _Layer(c, finish_ih, finish_hh)

@@ -58,7 +58,8 @@ struct Rows {
   int64_t of(int64_t pixel) const { return pixels == INT64_MAX ? 0 : pixels == 1 ? pixel : pixel / pixels; }
 };
 
-// An LSTM layer in one direction. finish_ih leaves float32 gates, finish_hh adds them to its own.
+// An LSTM layer in one direction. finish_ih leaves float32 gates, finish_hh adds them to its own. Outputs of both weights, four
+// for each unit of `hidden` filled up to whole tiles: TILE units at a time, of these the gates i, f, g and o.
 struct Recurrent {
   Weight weight_ih, weight_hh;
   Finish finish_ih, finish_hh;

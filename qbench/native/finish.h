@@ -293,15 +293,21 @@ struct Finisher {
       if (raw && zeros)
         total[n] = _mm512_sub_epi32(total[n], _mm512_mullo_epi32(_mm512_loadu_si512(zeros + n * TILE), _mm512_set1_epi32(int32_t(taps))));
     }
+    __m512i start[C];  // what a row of this zero point begins with
+    int32_t zero_point = 0;
     for (int64_t r = 0; r < count; ++r, sums += C * TILE) {
       const int64_t own = rows.of(row + r), to = at(r);
-      const __m512i zero_point = _mm512_set1_epi32(rows.zero_points[own]);
+      if (r == 0 || zero_point != rows.zero_points[own]) {
+        zero_point = rows.zero_points[own];
+#pragma GCC unroll 4
+        for (int n = 0; n < C; ++n)
+          start[n] = _mm512_sub_epi32(bias[n], _mm512_mullo_epi32(total[n], _mm512_set1_epi32(zero_point)));
+      }
       const __m512 row_scale = _mm512_set1_ps(rows.scales ? rows.scales[own] : 1.0f);
 #pragma GCC unroll 4
       for (int n = 0; n < C; ++n) {
         const __mmask16 some = __mmask16(there >> (16 * n));
-        __m512i acc = _mm512_add_epi32(_mm512_load_si512(sums + n * TILE), bias[n]);
-        acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(total[n], zero_point));
+        __m512i acc = _mm512_add_epi32(_mm512_load_si512(sums + n * TILE), start[n]);
         if (zeros)
           acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_loadu_si512(zeros + n * TILE), _mm512_set1_epi32(row_sums[r])));
         __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_mul_ps(row_scale, m[n]));

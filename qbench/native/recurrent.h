@@ -1,194 +1,212 @@
 // An LSTM layer in one direction: the products of x for some steps at once, then step by step those of h and the cell.
 //
+// Outputs are in the order of qb::Recurrent: a thread has some units and all their gates, so that it meets the others once
+// a step, for h. Its gates stay in its own cache, those of x below those of h in the same place.
+//
 // In int8 every other step goes through the weight of h backwards: it may just not fit into a cache, which then still holds the
 // end that the last step left there.
 
 namespace {
 
-constexpr int64_t STEPS_AT_ONCE = 32;      // whose gates stay in the cache
+constexpr int64_t GATES = 4;
+constexpr int64_t ROWS_AT_ONCE = 64, FLOAT_ROWS_AT_ONCE = FLOAT_PANEL;  // steps of samples whose gates stay in the cache
 constexpr int64_t READY = int64_t(1) << 18;  // weights that are read back once for all steps: a mebibyte of float32
 
-// One step of one sample, units [from, to): gates i, f, g, o [4 * hidden]; c is read and written.
-inline void cell(const float* __restrict gates, int64_t hidden, int64_t from, int64_t to, float* __restrict c,
-                 float* __restrict h) {
-  const float *i = gates, *f = gates + hidden, *g = gates + 2 * hidden, *o = gates + 3 * hidden;
-  const auto at = [to](const float* x, int64_t j) { return taken<Floats>(x + j, to - j); };
-  for (int64_t j = from; j < to; j += TILE)
-    put(sigmoid(at(f, j)) * at(c, j) + sigmoid(at(i, j)) * hyperbolic_tangent(at(g, j)), to - j, c + j);
-  for (int64_t j = from; j < to; j += TILE)  // on its own, as it waits for the first
-    put(sigmoid(at(o, j)) * hyperbolic_tangent(at(c, j)), to - j, h + j);
-}
+// A gate of TILE units of one sample, from those of all four.
+enum Gate { INPUT, FORGET, CELL, OUTPUT };
+inline Floats gate(const float* gates, Gate which) { return lanes_at(gates + which * TILE); }
 
 Window rows_of(int64_t inputs, int64_t block) {
   return Window{1, 1, inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, block};
 }
 
-// What a thread does of every step: some of the outputs of the products, some of the units of the cells. The threads stay
-// together for all steps of a sequence, as two or three meetings a step cost less than as many beginnings.
-struct Share {
-  int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+int threads_of(const Recurrent& r) {
+  const int threads = threads_for(r.samples * GATES * r.hidden * r.hidden, WORTH_A_THREAD);
+  return int(std::min<int64_t>(threads, (r.hidden + TILE - 1) / TILE));
+}
 
-  int64_t begin(int64_t count) const { return part * count / parts; }
-  int64_t end(int64_t count) const { return (part + 1) * count / parts; }
+// The steps of a sequence in parts of about as many, each of some `rows` steps of samples.
+struct Parts {
+  int64_t steps, count;
+
+  Parts(const Recurrent& r, int64_t rows) : steps(r.steps) {
+    const int64_t longest = std::clamp<int64_t>(rows / std::max<int64_t>(r.samples, 1), 1, std::max<int64_t>(steps, 1));
+    count = (steps + longest - 1) / longest;
+  }
+
+  int64_t begin(int64_t part) const { return part * steps / count; }
+  int64_t longest() const { return (steps + count - 1) / count; }
+};
+
+// What a thread does of every step: tiles of units [from, to). The threads stay together for all steps of a sequence, as a
+// meeting costs less than a beginning.
+struct Share {
+  int64_t hidden, from, to;
+
+  explicit Share(int64_t units) : hidden(units) {
+    const int64_t tiles = (units + TILE - 1) / TILE, part = omp_get_thread_num(), parts = omp_get_num_threads();
+    from = part * tiles / parts, to = (part + 1) * tiles / parts;
+  }
 
   void products(const Product& p, bool backwards) const {
-    const int64_t bands = (p.tiles + WIDE - 1) / WIDE, panels = std::max<int64_t>(p.total > 0, p.total / PANEL);
+    const int64_t panels = std::max<int64_t>(p.total > 0, p.total / PANEL);
     for (int64_t index = 0; index < panels; ++index) {
       const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
-      panel(p, first, count, begin(bands) * WIDE, std::min(end(bands) * WIDE, p.tiles), backwards);
+      panel(p, first, count, GATES * from, GATES * to, backwards);
     }
   }
 
   void float_products(const Product& p, const Pieced& list, const float* scales, const float* ready) const {
-    const int64_t bands = (p.tiles + FLOAT_TILES - 1) / FLOAT_TILES, panels = (p.total + FLOAT_PANEL - 1) / FLOAT_PANEL;
-    const bool by_rows = bands < parts;
-    for (int64_t index = by_rows ? begin(panels) : 0; index < (by_rows ? end(panels) : panels); ++index) {
+    const int64_t panels = (p.total + FLOAT_PANEL - 1) / FLOAT_PANEL;
+    for (int64_t index = 0; index < panels; ++index) {
       const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
-      float_panel(p, list, scales, first, count, by_rows ? 0 : begin(bands) * FLOAT_TILES,
-                  by_rows ? p.tiles : std::min(end(bands) * FLOAT_TILES, p.tiles), ready);
+      float_panel(p, list, scales, first, count, GATES * from, GATES * to, ready);
     }
   }
 
-  // run(sample, first unit, end of the units).
-  template <class Run>
-  void cells(int64_t samples, int64_t hidden, const Run& run) const {
-    const int64_t tiles = (hidden + TILE - 1) / TILE;
-    const int64_t from = begin(tiles) * TILE, to = std::min(end(tiles) * TILE, hidden);
-    for (int64_t s = 0; from < to && s < samples; ++s) run(s, from, to);
+  // The cells of a step; c is read and written. use(sample and unit of the first, how many, h of TILE units).
+  template <class Use>
+  void cells(int64_t samples, const float* gates, int64_t outputs, float* c, const Use& use) const {
+    const auto each = [=](const auto& run) {
+      for (int64_t s = 0; s < samples; ++s)
+        for (int64_t tile = from; tile < to; ++tile) {
+          const int64_t unit = tile * TILE;
+          run(gates + s * outputs + unit * GATES, s * hidden + unit, std::min<int64_t>(TILE, hidden - unit));
+        }
+    };
+    each([=](const float* of, int64_t at, int64_t count) {
+      const Floats kept = sigmoid(gate(of, FORGET)) * taken<Floats>(c + at, count);
+      put(kept + sigmoid(gate(of, INPUT)) * hyperbolic_tangent(gate(of, CELL)), count, c + at);
+    });
+    each([=, &use](const float* of, int64_t at, int64_t count) {  // on its own, as it waits for the first
+      use(at, count, sigmoid(gate(of, OUTPUT)) * hyperbolic_tangent(taken<Floats>(c + at, count)));
+    });
   }
 };
 
 int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, uint8_t* y) {
-  const int64_t n = r.samples, hidden = r.hidden, all = 4 * hidden;
-  const Window x_window = rows_of(r.weight_ih.depth, r.weight_ih.block_depth);
-  const Window h_window = rows_of(hidden, r.weight_hh.block_depth);
+  const int64_t n = r.samples, hidden = r.hidden, inputs = r.weight_ih.depth, outputs = r.weight_hh.outputs;
+  const Window x_window = rows_of(inputs, r.weight_ih.block_depth), h_window = rows_of(hidden, r.weight_hh.block_depth);
   const Rows x_rows{&r.x_zero_point, nullptr, INT64_MAX}, h_rows{&r.zero_point, nullptr, INT64_MAX};
   const Codes codes(r.zero_point, r.q_min, r.q_max);
-  static thread_local Scratch given, stepped, states;
-  float* gates = given.of<float>(std::min(STEPS_AT_ONCE, r.steps) * n * all);
-  float* step = stepped.of<float>(n * all);
-  float* values = states.of<float>(n * hidden);
-  if (!gates || !step || !values) return 0;
-  const int threads = threads_for(n * all * hidden, WORTH_A_THREAD);
-  int64_t macs = 0;
-  for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
-    const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first);
-    macs += layer(r.weight_ih, r.finish_ih, x_window, x_rows,
-                  {x + first * n * r.weight_ih.depth, nullptr, nullptr, gates, count * n});
+  const float inverse = 1.0f / r.scale;
+  const Parts parts(r, ROWS_AT_ONCE);
+  static thread_local Scratch given;
+  float* gates = given.of<float>(parts.longest() * n * outputs);
+  if (!gates) return 0;
+  const int threads = threads_of(r);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      const Share share;
-      const TileRegisters registers;
-      for (int64_t t = first; t < first + count; ++t) {
+  {
+    const Share share(hidden);
+    const TileRegisters registers;
+    for (int64_t part = 0; part < parts.count; ++part) {
+      const int64_t first = parts.begin(part), end = parts.begin(part + 1);
+      const Operands given_x{x + first * n * inputs, nullptr, nullptr, gates, (end - first) * n};
+      share.products(Product(r.weight_ih, r.finish_ih, x_window, x_rows, given_x), false);
+      for (int64_t t = first; t < end; ++t) {
         const uint8_t* before = t ? y + (t - 1) * n * hidden : h;
-        const Operands operands{before, nullptr, gates + (t - first) * n * all, step, n};
-        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, operands), t % 2);
-#pragma omp barrier
-        share.cells(n, hidden, [=, scale = r.scale](int64_t s, int64_t from, int64_t to) {
-          cell(step + s * all, hidden, from, to, c + s * hidden, values + s * hidden);
-          encode(codes, s * hidden + from, s * hidden + to, y + t * n * hidden, [=](int64_t j, int64_t some) {
-            return taken<Floats>(values + j, some) / scale;
-          });
+        float* step = gates + (t - first) * n * outputs;
+        const Operands given_h{before, nullptr, step, step, n};
+        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), t % 2);
+        share.cells(n, step, outputs, c, [=, to = y + t * n * hidden, scale = r.scale](int64_t at, int64_t count, Floats now) {
+          encode(codes, 0, count, to + at, [=](int64_t, int64_t) { return quotient(now, scale, inverse); });
         });
 #pragma omp barrier
       }
     }
   }
-  return macs + r.steps * n * all * hidden;
+  return r.steps * n * GATES * hidden * (inputs + hidden);
 }
 
 int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales, const int32_t* x_zero_points,
                      const float* h, float* c, float* y) {
-  const int64_t n = r.samples, hidden = r.hidden, all = 4 * hidden, inputs = r.weight_ih.depth;
-  const Window x_window = rows_of(inputs, r.weight_ih.block_depth);
-  const Window h_window = rows_of(hidden, r.weight_hh.block_depth);
+  const int64_t n = r.samples, hidden = r.hidden, inputs = r.weight_ih.depth, outputs = r.weight_hh.outputs;
+  const Window x_window = rows_of(inputs, r.weight_ih.block_depth), h_window = rows_of(hidden, r.weight_hh.block_depth);
   const int64_t h_count = r.per_row ? n : 1, length = h_count ? n * hidden / h_count : 0;  // rows of h that become codes
-  static thread_local Scratch given, stepped, coded, scaled, shifted;
-  float* gates = given.of<float>(std::min(STEPS_AT_ONCE, r.steps) * n * all);
-  float* step = stepped.of<float>(n * all);
+  const Parts parts(r, ROWS_AT_ONCE);
+  static thread_local Scratch given, coded, scaled, shifted;
+  float* gates = given.of<float>(parts.longest() * n * outputs);
   uint8_t* h_codes = coded.of<uint8_t>(n * hidden);
   float* h_scales = scaled.of<float>(h_count);
   int32_t* h_zero_points = shifted.of<int32_t>(h_count);
-  if (!gates || !step || !h_codes || !h_scales || !h_zero_points) return 0;
+  if (!gates || !h_codes || !h_scales || !h_zero_points) return 0;
   const Rows h_rows{h_zero_points, h_scales, r.per_row ? 1 : INT64_MAX};
-  const int threads = threads_for(n * all * hidden, WORTH_A_THREAD);
+  const int threads = threads_of(r);
   std::atomic<bool> odd{false};
-  int64_t macs = 0;
-  for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
-    const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first), row = r.per_row ? first * n : 0;
-    const Rows x_rows{x_zero_points + row, x_scales + row, r.per_row ? 1 : INT64_MAX};
-    macs += layer(r.weight_ih, r.finish_ih, x_window, x_rows,
-                  {x + first * n * inputs, nullptr, nullptr, gates, count * n});
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      const Share share;
-      const TileRegisters registers;
-      for (int64_t t = first; t < first + count; ++t) {
+  {
+    const Share share(hidden);
+    const TileRegisters registers;
+    const int64_t h_first = omp_get_thread_num() * h_count / omp_get_num_threads();
+    const int64_t h_end = (omp_get_thread_num() + 1) * h_count / omp_get_num_threads();
+    bool failed = false;
+    for (int64_t part = 0; part < parts.count && !failed; ++part) {
+      const int64_t first = parts.begin(part), end = parts.begin(part + 1), row = r.per_row ? first * n : 0;
+      const Rows x_rows{x_zero_points + row, x_scales + row, r.per_row ? 1 : INT64_MAX};
+      const Operands given_x{x + first * n * inputs, nullptr, nullptr, gates, (end - first) * n};
+      share.products(Product(r.weight_ih, r.finish_ih, x_window, x_rows, given_x), false);
+      for (int64_t t = first; t < end; ++t) {
         const float* before = t ? y + (t - 1) * n * hidden : h;
-        for (int64_t i = share.begin(h_count); i < share.end(h_count); ++i)
+        for (int64_t i = h_first; i < h_end; ++i)
           if (!quantize_row(before + i * length, length, r.affine, h_codes + i * length, h_scales[i], h_zero_points[i]))
             odd = true;
 #pragma omp barrier
-        if (odd) break;  // every thread sees the same
-        const Operands operands{h_codes, nullptr, gates + (t - first) * n * all, step, n};
-        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, operands), t % 2);
-#pragma omp barrier
-        share.cells(n, hidden, [=](int64_t s, int64_t from, int64_t to) {
-          cell(step + s * all, hidden, from, to, c + s * hidden, y + (t * n + s) * hidden);
+        failed = odd;  // every thread sees the same: none sets it before all have met again
+        if (failed) break;
+        float* step = gates + (t - first) * n * outputs;
+        const Operands given_h{h_codes, nullptr, step, step, n};
+        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), t % 2);
+        share.cells(n, step, outputs, c, [to = y + t * n * hidden](int64_t at, int64_t count, Floats now) {
+          put(now, count, to + at);
         });
 #pragma omp barrier
       }
     }
-    if (odd) return -1;
   }
-  return macs + r.steps * n * all * hidden;
+  return odd ? -1 : r.steps * n * GATES * hidden * (inputs + hidden);
 }
 
 int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float* scales_hh, const float* x,
                          const float* h, float* c, float* y) {
-  const int64_t n = r.samples, hidden = r.hidden, all = 4 * hidden, inputs = r.weight_ih.depth;
-  const Window x_window = rows_of(inputs, r.weight_ih.block_depth);
-  const Window h_window = rows_of(hidden, r.weight_hh.block_depth);
-  static thread_local Scratch given, stepped;
-  float* gates = given.of<float>(std::min(STEPS_AT_ONCE, r.steps) * n * all);
-  float* step = stepped.of<float>(n * all);
-  if (!gates || !step) return 0;
-  const int threads = threads_for(n * all * hidden, WORTH_A_THREAD);
+  const int64_t n = r.samples, hidden = r.hidden, inputs = r.weight_ih.depth, outputs = r.weight_hh.outputs;
+  const Window x_window = rows_of(inputs, r.weight_ih.block_depth), h_window = rows_of(hidden, r.weight_hh.block_depth);
   const Rows none{nullptr, nullptr, INT64_MAX};
-  static thread_local Pieced made;
-  static thread_local Scratch read;
-  const Operands example{h, nullptr, nullptr, step, n};
-  const Product one(r.weight_hh, r.finish_hh, h_window, none, example);
-  pieces_of(one, made);
-  const Pieced& list = made;
+  const Parts parts(r, FLOAT_ROWS_AT_ONCE);
+  static thread_local Scratch given, read;
+  static thread_local Pieced made_ih, made_hh;
+  float* gates = given.of<float>(parts.longest() * n * outputs);
+  if (!gates) return 0;
+  const Operands some_x{x, nullptr, nullptr, gates, parts.longest() * n}, some_h{h, nullptr, gates, gates, n};
+  const Product ih(r.weight_ih, r.finish_ih, x_window, none, some_x), hh(r.weight_hh, r.finish_hh, h_window, none, some_h);
+  pieces_of(ih, made_ih), pieces_of(hh, made_hh);
+  const Pieced &of_ih = made_ih, &of_hh = made_hh;
   float* ready = nullptr;
-  if (r.steps > 1 && !list.in_registers && all * hidden <= READY) {
-    ready = read.of<float>(one.tiles * TILE * hidden);
+  if (r.steps > 1 && !of_hh.in_registers && outputs * hidden <= READY) {
+    ready = read.of<float>(outputs * hidden);
     if (!ready) return 0;
-    read_back_all(one, list, ready);
+    read_back_all(hh, of_hh, ready);
   }
-  int64_t macs = 0;
-  for (int64_t first = 0; first < r.steps; first += STEPS_AT_ONCE) {
-    const int64_t count = std::min(STEPS_AT_ONCE, r.steps - first);
-    macs += weight_only(r.weight_ih, scales_ih, r.finish_ih, x_window,
-                        {x + first * n * inputs, nullptr, nullptr, gates, count * n});
+  const int threads = threads_of(r);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      const Share share;
-      for (int64_t t = first; t < first + count; ++t) {
+  {
+    const Share share(hidden);
+    for (int64_t part = 0; part < parts.count; ++part) {
+      const int64_t first = parts.begin(part), end = parts.begin(part + 1);
+      const Operands given_x{x + first * n * inputs, nullptr, nullptr, gates, (end - first) * n};
+      share.float_products(Product(r.weight_ih, r.finish_ih, x_window, none, given_x), of_ih, scales_ih, nullptr);
+      for (int64_t t = first; t < end; ++t) {
         const float* before = t ? y + (t - 1) * n * hidden : h;
-        const Operands operands{before, nullptr, gates + (t - first) * n * all, step, n};
-        const Product p(r.weight_hh, r.finish_hh, h_window, none, operands);
-        share.float_products(p, list, scales_hh, ready);
-#pragma omp barrier
-        share.cells(n, hidden, [=](int64_t s, int64_t from, int64_t to) {
-          cell(step + s * all, hidden, from, to, c + s * hidden, y + (t * n + s) * hidden);
+        float* step = gates + (t - first) * n * outputs;
+        const Operands given_h{before, nullptr, step, step, n};
+        share.float_products(Product(r.weight_hh, r.finish_hh, h_window, none, given_h), of_hh, scales_hh, ready);
+        share.cells(n, step, outputs, c, [to = y + t * n * hidden](int64_t at, int64_t count, Floats now) {
+          put(now, count, to + at);
         });
 #pragma omp barrier
       }
     }
   }
-  return macs + r.steps * n * all * hidden;
+  return r.steps * n * GATES * hidden * (inputs + hidden);
 }
 
 }  // namespace
