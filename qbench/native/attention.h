@@ -93,9 +93,18 @@ inline void weigh(float* scores, int64_t stride, int64_t count, float* sums) {
   }
   for (int64_t r = 0; r < count; ++r) {
     float* row = scores + r * stride;
+    const auto raised = [shift = shifts[r]](auto score) {
+      return where_not(score, -INFINITY, exponential_below(score - shift));
+    };
     Floats sum = {};
-    for (int64_t k = 0; k < stride; k += TILE) {
-      const Floats score = lanes_at(row + k), e = where_not(score, -INFINITY, exponential_below(score - shifts[r]));
+    int64_t k = 0;
+    for (; k + 2 * TILE <= stride; k += 2 * TILE) {
+      const TwoFloats e = raised(TwoFloats{lanes_at(row + k), lanes_at(row + k + TILE)});
+      set_lanes(row + k, e.low), set_lanes(row + k + TILE, e.high);
+      sum += e.low, sum += e.high;
+    }
+    if (k < stride) {
+      const Floats e = raised(lanes_at(row + k));
       set_lanes(row + k, e);
       sum += e;
     }

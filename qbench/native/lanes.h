@@ -93,13 +93,20 @@ inline Ints to_ints(Bytes v) {
 }
 #endif
 
+QB_PAIRS(Two, )  // 2 * TILE values: chains of operations side by side, as one alone would wait for its own results
+
 inline Ints as_ints(Wrapping v) { return __builtin_bit_cast(Ints, v); }
 inline Ints as_ints(Floats v) { return __builtin_bit_cast(Ints, v); }
+inline TwoInts as_ints(TwoFloats v) { return {as_ints(v.low), as_ints(v.high)}; }
+inline Floats as_floats(Ints v) { return __builtin_bit_cast(Floats, v); }
+inline TwoFloats as_floats(TwoInts v) { return {as_floats(v.low), as_floats(v.high)}; }
 inline Wrapping as_wrapping(Ints v) { return __builtin_bit_cast(Wrapping, v); }
 
 // v, or `bound` where v lies beyond it: NaN stays NaN; `above` makes the bound of it.
-inline Floats at_least(Floats v, float bound) { return higher_of(Floats{} + bound, v); }
-inline Floats at_most(Floats v, float bound) { return lower_of(Floats{} + bound, v); }
+template <class V>
+inline V at_least(V v, float bound) { return higher_of(V{} + bound, v); }
+template <class V>
+inline V at_most(V v, float bound) { return lower_of(V{} + bound, v); }
 inline Floats above(Floats v, float bound) { return higher_of(v, Floats{} + bound); }
 
 // Values from any address of their elements, and to one.

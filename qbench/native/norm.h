@@ -17,7 +17,7 @@ void layer_norm(const uint8_t* x, int64_t rows, int64_t count, int32_t x_zero, d
         some += v;
         some_squares += v * v;
       }
-      for (int j = 0; j < TILE; ++j) sum += some[j], squares += some_squares[j];
+      sum += added_up(some), squares += added_up(some_squares);
     }
     squares += x_zero * (x_zero * count - 2 * sum);  // of the codes less their zero point
     sum -= x_zero * count;

@@ -12,9 +12,16 @@ constexpr int64_t GATES = 4;
 constexpr int64_t ROWS_AT_ONCE = 64, FLOAT_ROWS_AT_ONCE = FLOAT_PANEL;  // steps of samples whose gates stay in the cache
 constexpr int64_t READY = int64_t(1) << 18;  // weights that are read back once for all steps: a mebibyte of float32
 
-// A gate of TILE units of one sample, from those of all four.
-enum Gate { INPUT, FORGET, CELL, OUTPUT };
-inline Floats gate(const float* gates, Gate which) { return lanes_at(gates + which * TILE); }
+// `count` (at most TILE) units of one sample: from `at` on in its states, and the gates of all.
+struct Units {
+  enum Gate { INPUT, FORGET, CELL, OUTPUT };
+  const float* gates;
+  int64_t at, count;
+
+  Floats gate(Gate which) const { return lanes_at(gates + which * TILE); }
+  Floats of(const float* states) const { return taken<Floats>(states + at, count); }
+  void put_to(float* states, Floats v) const { put(v, count, states + at); }
+};
 
 Window rows_of(int64_t inputs, int64_t block) {
   return Window{1, 1, inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, block};
@@ -64,22 +71,29 @@ struct Share {
     }
   }
 
-  // The cells of a step; c is read and written. use(sample and unit of the first, how many, h of TILE units).
+  // The cells of a step; c is read and written. use(units, h of them). Two at once: the last of an odd number twice.
   template <class Use>
   void cells(int64_t samples, const float* gates, int64_t outputs, float* c, const Use& use) const {
-    const auto each = [=](const auto& run) {
-      for (int64_t s = 0; s < samples; ++s)
-        for (int64_t tile = from; tile < to; ++tile) {
+    const auto pairs = [=](const auto& run) {
+      for (int64_t s = 0; s < samples; ++s) {
+        const auto units = [=](int64_t tile) {
           const int64_t unit = tile * TILE;
-          run(gates + s * outputs + unit * GATES, s * hidden + unit, std::min<int64_t>(TILE, hidden - unit));
+          return Units{gates + s * outputs + unit * GATES, s * hidden + unit, std::min<int64_t>(TILE, hidden - unit)};
+        };
+        for (int64_t tile = from; tile < to; tile += 2) {
+          const Units a = units(tile), b = units(std::min(tile + 1, to - 1));
+          run(a, b, [=](Units::Gate which) { return TwoFloats{a.gate(which), b.gate(which)}; });
         }
+      }
     };
-    each([=](const float* of, int64_t at, int64_t count) {
-      const Floats kept = sigmoid(gate(of, FORGET)) * taken<Floats>(c + at, count);
-      put(kept + sigmoid(gate(of, INPUT)) * hyperbolic_tangent(gate(of, CELL)), count, c + at);
+    pairs([c](const Units& a, const Units& b, const auto& gate) {
+      const TwoFloats before{a.of(c), b.of(c)};
+      const TwoFloats now = sigmoid(gate(Units::FORGET)) * before + sigmoid(gate(Units::INPUT)) * hyperbolic_tangent(gate(Units::CELL));
+      a.put_to(c, now.low), b.put_to(c, now.high);
     });
-    each([=, &use](const float* of, int64_t at, int64_t count) {  // on its own, as it waits for the first
-      use(at, count, sigmoid(gate(of, OUTPUT)) * hyperbolic_tangent(taken<Floats>(c + at, count)));
+    pairs([c, &use](const Units& a, const Units& b, const auto& gate) {  // on its own, as it waits for the first
+      const TwoFloats h = sigmoid(gate(Units::OUTPUT)) * hyperbolic_tangent(TwoFloats{a.of(c), b.of(c)});
+      use(a, h.low), use(b, h.high);
     });
   }
 };
@@ -108,8 +122,8 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
         float* step = gates + (t - first) * n * outputs;
         const Operands given_h{before, nullptr, step, step, n};
         share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), t % 2);
-        share.cells(n, step, outputs, c, [=, to = y + t * n * hidden, scale = r.scale](int64_t at, int64_t count, Floats now) {
-          encode(codes, 0, count, to + at, [=](int64_t, int64_t) { return quotient(now, scale, inverse); });
+        share.cells(n, step, outputs, c, [=, to = y + t * n * hidden, scale = r.scale](const Units& units, Floats now) {
+          encode(codes, 0, units.count, to + units.at, [=](int64_t, int64_t) { return quotient(now, scale, inverse); });
         });
 #pragma omp barrier
       }
@@ -156,8 +170,8 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
         float* step = gates + (t - first) * n * outputs;
         const Operands given_h{h_codes, nullptr, step, step, n};
         share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), t % 2);
-        share.cells(n, step, outputs, c, [to = y + t * n * hidden](int64_t at, int64_t count, Floats now) {
-          put(now, count, to + at);
+        share.cells(n, step, outputs, c, [to = y + t * n * hidden](const Units& units, Floats now) {
+          units.put_to(to, now);
         });
 #pragma omp barrier
       }
@@ -199,8 +213,8 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
         float* step = gates + (t - first) * n * outputs;
         const Operands given_h{before, nullptr, step, step, n};
         share.float_products(Product(r.weight_hh, r.finish_hh, h_window, none, given_h), of_hh, scales_hh, ready);
-        share.cells(n, step, outputs, c, [to = y + t * n * hidden](int64_t at, int64_t count, Floats now) {
-          put(now, count, to + at);
+        share.cells(n, step, outputs, c, [to = y + t * n * hidden](const Units& units, Floats now) {
+          units.put_to(to, now);
         });
 #pragma omp barrier
       }
