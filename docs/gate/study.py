@@ -366,7 +366,7 @@ def real_runs() -> str:
     apart = max(max(peak) - min(peak) for peak in peaks) / 1024
     return (
         f"{len(runs)} real runs of the whole sweep since then, one after another, on unchanged code (`real.py`, "
-        f"`{REAL}`, an AMD Zen 4): {red} of them red; {seconds[0]} to {seconds[-1]} s each, "
+        f"`{REAL}`, an AMD Zen 5): {red} of them red; {seconds[0]} to {seconds[-1]} s each, "
         f"{statistics.median(seconds):.0f} in the median. Beside `ok` they say, in all: {told}. The peak memory of a "
         f"cell differs by at most {apart:.0f} KiB between runs."
     )
