@@ -1,6 +1,6 @@
 """Collect the sample bank of the gate's study: many fresh timing processes of the `ci` cells, as the gate runs them.
 
-    python docs/gate/bank.py quiet 200        # on a machine that does nothing else: about 40 minutes
+    python docs/gate/bank.py quiet 200        # on a machine that does nothing else: about 25 minutes
     python docs/gate/bank.py loaded 200       # beside a process that keeps one core busy, on and off
 
 appends to docs/gate/bank-quiet.jsonl: one line a process and task, the block medians of fp32 (`eager`) and each cell in
