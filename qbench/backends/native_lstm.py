@@ -33,12 +33,13 @@ GATES = {"scale": None, "zero_point": 0, "q_min": 0, "q_max": 255, "residual_sca
 
 
 def _by_units(per_output: Tensor | None, hidden: int) -> Tensor | None:
-    """[4 * hidden or 1, ...] for the gates i, f, g, o in qb::Recurrent's order: TILE units at a time, filled up with 0."""
+    """[4 * hidden or 1, ...] by gate (i, f, g, o) in qb::Recurrent's order: TILE units at a time, filled up with 0."""
     if per_output is None:
         return None
     by_gate = per_output.expand(4 * hidden, *per_output.shape[1:]).unflatten(0, (4, hidden))
-    filled = functional.pad(by_gate, (0, 0) * (by_gate.dim() - 2) + (0, -hidden % TILE))
-    return filled.unflatten(1, (-1, TILE)).transpose(0, 1).flatten(0, 2)
+    filled: Tensor = functional.pad(by_gate, (0, 0) * (by_gate.dim() - 2) + (0, -hidden % TILE))
+    by_tile: Tensor = filled.unflatten(1, (-1, TILE))
+    return by_tile.transpose(0, 1).flatten(0, 2)
 
 
 def _in_order(c: Constants) -> Constants:
