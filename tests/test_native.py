@@ -288,9 +288,9 @@ def test_lstm(recipe: Recipe, layers: int, steps: int, both: bool, first: bool, 
 
 
 class Started(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 5, units: int = 7) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(5, 7, batch_first=True)
+        self.lstm = nn.LSTM(inputs, units, batch_first=True)
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Tensor:
         result: Tensor = self.lstm(x, (h[None], c[None]))[0]
@@ -302,6 +302,45 @@ class Started(nn.Module):
 def test_lstm_that_starts_from_a_state(recipe: Recipe) -> None:
     x = normal(3, 6, 5), normal(3, 7, seed=1), normal(3, 7, seed=2)
     assert_same(seeded(Started), x, recipe)
+
+
+SHARED_OUT = {  # enough products a step for several threads, and what these share out: inputs, units, (steps, samples)
+    "units": (20, 72, (20, 9)),
+    "samples": (64, 16, (20, 40)),
+    "both": (30, 20, (20, 40)),
+    "units of one sample": (600, 60, (5, 1)),
+}
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+@pytest.mark.parametrize("method", ["ptsq", "ptdq per_row", "ptdq per_tensor", "woq"])
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_threads_share_an_lstm(name: str, method: str, threads: int) -> None:
+    inputs, units, rows = SHARED_OUT[name]
+    method, _, activations = method.partition(" ")
+    recipe = Recipe(method, activation_granularity=activations or "per_row", activation_scheme="affine")
+    torch.set_num_threads(threads)
+    try:
+        assert_same(seeded(lambda: nn.LSTM(inputs, units)), (normal(*rows, inputs),), recipe)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_each_thread_leaves_an_lstm_at_a_state_that_is_not_finite(threads: int) -> None:
+    model = seeded(lambda: Started(20, 72))
+    x = normal(9, 20, 20), normal(9, 72, seed=1), normal(9, 72, seed=2)
+    q = qbench.quantize(model, x, Recipe(method="ptdq"), backend="native")
+    torch.set_num_threads(threads)
+    try:
+        good = q(*x)
+        x[1][7, 3] = float("nan")
+        with pytest.raises(ValueError, match="not finite"):
+            q(*x)
+        x[1][7, 3] = 0.0
+        assert q(*x).shape == good.shape
+    finally:
+        torch.set_num_threads(1)
 
 
 class Attention(nn.Module):

@@ -58,8 +58,9 @@ struct Rows {
   int64_t of(int64_t pixel) const { return pixels == INT64_MAX ? 0 : pixels == 1 ? pixel : pixel / pixels; }
 };
 
-// An LSTM layer in one direction. finish_ih leaves float32 gates, finish_hh adds them to its own. Outputs of both weights, four
-// for each unit of `hidden` filled up to whole tiles: TILE units at a time, of these the gates i, f, g and o.
+// An LSTM layer in one direction. finish_ih leaves float32 gates, finish_hh adds them to its own. The outputs of both weights
+// are tiles of TILE: of the first TILE units those of gate i, then f, g and o, then so of the next units. The last units are
+// filled up, so there are 4 * (`hidden` rounded up to TILE) outputs; weight_hh's depth is `hidden`.
 struct Recurrent {
   Weight weight_ih, weight_hh;
   Finish finish_ih, finish_hh;
@@ -116,7 +117,7 @@ struct Replay {
 struct Operands {
   const void* x;            // uint8, or float32 under a weight-only layer
   const uint8_t* residual;  // like the result; null: none
-  const float* add;         // like the result; null: none
+  const float* add;         // like the result, which may be it: each output is read before it is written; null: none
   void* y;                  // uint8 or float32
   int64_t samples;
 };

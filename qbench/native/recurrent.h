@@ -1,7 +1,8 @@
 // An LSTM layer in one direction: the products of x for some steps at once, then step by step those of h and the cell.
 //
 // Outputs are in the order of qb::Recurrent: a thread has some units and all their gates, so that it meets the others once
-// a step, for h. Its gates stay in its own cache, those of x below those of h in the same place.
+// a step, for h (twice where h's range is taken as well). Its gates stay in its own cache: the product of h adds those of x,
+// which are where its result goes.
 //
 // In int8 every other step goes through the weight of h backwards: it may just not fit into a cache, which then still holds the
 // end that the last step left there.
@@ -9,6 +10,7 @@
 namespace {
 
 constexpr int64_t GATES = 4;
+static_assert(GATES % WIDE == 0 && GATES % FLOAT_TILES == 0, "a tile of units has whole blocks of tiles of outputs");
 constexpr int64_t ROWS_AT_ONCE = 64, FLOAT_ROWS_AT_ONCE = FLOAT_PANEL;  // steps of samples whose gates stay in the cache
 constexpr int64_t READY = int64_t(1) << 18;  // weights that are read back once for all steps: a mebibyte of float32
 
@@ -27,55 +29,78 @@ Window rows_of(int64_t inputs, int64_t block) {
   return Window{1, 1, inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, block};
 }
 
-int threads_of(const Recurrent& r) {
-  const int threads = threads_for(r.samples * GATES * r.hidden * r.hidden, WORTH_A_THREAD);
-  return int(std::min<int64_t>(threads, (r.hidden + TILE - 1) / TILE));
-}
-
-// The steps of a sequence in parts of about as many, each of some `rows` steps of samples.
+// The steps of a sequence in parts of about as many: at least one each, at most `rows` rows (steps of samples) where that is
+// more.
 struct Parts {
   int64_t steps, count;
 
   Parts(const Recurrent& r, int64_t rows) : steps(r.steps) {
     const int64_t longest = std::clamp<int64_t>(rows / std::max<int64_t>(r.samples, 1), 1, std::max<int64_t>(steps, 1));
-    count = (steps + longest - 1) / longest;
+    count = std::max<int64_t>((steps + longest - 1) / longest, 1);
   }
 
   int64_t begin(int64_t part) const { return part * steps / count; }
   int64_t longest() const { return (steps + count - 1) / count; }
 };
 
-// What a thread does of every step: tiles of units [from, to). The threads stay together for all steps of a sequence, as a
-// meeting costs less than a beginning.
+// How many parts units and samples are cut into. Units first: each part reads its own weights alone.
+struct Grid {
+  int64_t units, samples;
+
+  Grid(const Recurrent& r, int64_t threads) {
+    units = std::clamp<int64_t>((r.hidden + TILE - 1) / TILE, 1, threads);
+    samples = std::clamp<int64_t>(r.samples / ROWS, 1, threads / units);
+  }
+};
+
+int threads_of(const Recurrent& r) {
+  const int64_t work = r.samples * GATES * r.hidden * (r.hidden + r.weight_ih.depth);  // from one meeting to the next
+  const Grid grid(r, threads_for(work, WORTH_A_THREAD));
+  return int(grid.units * grid.samples);
+}
+
+// What a thread does of every step: tiles of units [from, to) of the samples [first, end). The threads stay together for all
+// steps of a sequence, as a meeting costs less than a beginning.
 struct Share {
-  int64_t hidden, from, to;
+  int64_t hidden, samples, from = 0, to = 0, first = 0, end = 0;
 
-  explicit Share(int64_t units) : hidden(units) {
-    const int64_t tiles = (units + TILE - 1) / TILE, part = omp_get_thread_num(), parts = omp_get_num_threads();
-    from = part * tiles / parts, to = (part + 1) * tiles / parts;
+  explicit Share(const Recurrent& r) : hidden(r.hidden), samples(r.samples) {
+    const Grid grid(r, omp_get_num_threads());
+    const int64_t tiles = (hidden + TILE - 1) / TILE, column = omp_get_thread_num() % grid.units, row = omp_get_thread_num() / grid.units;
+    if (row >= grid.samples) return;  // there are more threads than parts
+    from = column * tiles / grid.units, to = (column + 1) * tiles / grid.units;
+    first = row * samples / grid.samples, end = (row + 1) * samples / grid.samples;
   }
 
-  void products(const Product& p, bool backwards) const {
-    const int64_t panels = std::max<int64_t>(p.total > 0, p.total / PANEL);
-    for (int64_t index = 0; index < panels; ++index) {
-      const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
-      panel(p, first, count, GATES * from, GATES * to, backwards);
-    }
-  }
-
-  void float_products(const Product& p, const Pieced& list, const float* scales, const float* ready) const {
-    const int64_t panels = (p.total + FLOAT_PANEL - 1) / FLOAT_PANEL;
-    for (int64_t index = 0; index < panels; ++index) {
-      const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
-      float_panel(p, list, scales, first, count, GATES * from, GATES * to, ready);
-    }
-  }
-
-  // The cells of a step; c is read and written. use(units, h of them). Two at once: the last of an odd number twice.
+  // use(first row, rows) for panels of at most `most` of this thread's rows in `steps` steps.
   template <class Use>
-  void cells(int64_t samples, const float* gates, int64_t outputs, float* c, const Use& use) const {
+  void panels(int64_t steps, int64_t most, const Use& use) const {
+    const bool all = end - first == samples;
+    const int64_t runs = all ? 1 : steps, length = all ? steps * samples : end - first;
+    const int64_t count = (length + most - 1) / most;
+    for (int64_t run = 0; run < runs; ++run)
+      for (int64_t index = 0; index < count; ++index) {
+        const int64_t at = index * length / count;
+        use(first + run * samples + at, (index + 1) * length / count - at);
+      }
+  }
+
+  void products(const Product& p, int64_t steps, bool backwards) const {
+    panels(steps, PANEL, [&](int64_t row, int64_t rows) { panel(p, row, rows, GATES * from, GATES * to, backwards); });
+  }
+
+  void float_products(const Product& p, int64_t steps, const Pieced& list, const float* scales, const float* ready) const {
+    panels(steps, FLOAT_PANEL, [&](int64_t row, int64_t rows) {
+      float_panel(p, list, scales, row, rows, GATES * from, GATES * to, ready);
+    });
+  }
+
+  // The cells of a step; c is read and written. use(units, h of them). Two at once: the last of an odd number twice, which
+  // both read before either writes.
+  template <class Use>
+  void cells(const float* gates, int64_t outputs, float* c, const Use& use) const {
     const auto pairs = [=](const auto& run) {
-      for (int64_t s = 0; s < samples; ++s) {
+      for (int64_t s = first; s < end; ++s) {
         const auto units = [=](int64_t tile) {
           const int64_t unit = tile * TILE;
           return Units{gates + s * outputs + unit * GATES, s * hidden + unit, std::min<int64_t>(TILE, hidden - unit)};
@@ -111,18 +136,18 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
   const int threads = threads_of(r);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Share share(hidden);
+    const Share share(r);
     const TileRegisters registers;
     for (int64_t part = 0; part < parts.count; ++part) {
       const int64_t first = parts.begin(part), end = parts.begin(part + 1);
       const Operands given_x{x + first * n * inputs, nullptr, nullptr, gates, (end - first) * n};
-      share.products(Product(r.weight_ih, r.finish_ih, x_window, x_rows, given_x), false);
+      share.products(Product(r.weight_ih, r.finish_ih, x_window, x_rows, given_x), end - first, false);
       for (int64_t t = first; t < end; ++t) {
         const uint8_t* before = t ? y + (t - 1) * n * hidden : h;
         float* step = gates + (t - first) * n * outputs;
         const Operands given_h{before, nullptr, step, step, n};
-        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), t % 2);
-        share.cells(n, step, outputs, c, [=, to = y + t * n * hidden, scale = r.scale](const Units& units, Floats now) {
+        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), 1, t % 2);
+        share.cells(step, outputs, c, [=, to = y + t * n * hidden, scale = r.scale](const Units& units, Floats now) {
           encode(codes, 0, units.count, to + units.at, [=](int64_t, int64_t) { return quotient(now, scale, inverse); });
         });
 #pragma omp barrier
@@ -149,7 +174,7 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
   std::atomic<bool> odd{false};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Share share(hidden);
+    const Share share(r);
     const TileRegisters registers;
     const int64_t h_first = omp_get_thread_num() * h_count / omp_get_num_threads();
     const int64_t h_end = (omp_get_thread_num() + 1) * h_count / omp_get_num_threads();
@@ -158,7 +183,7 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
       const int64_t first = parts.begin(part), end = parts.begin(part + 1), row = r.per_row ? first * n : 0;
       const Rows x_rows{x_zero_points + row, x_scales + row, r.per_row ? 1 : INT64_MAX};
       const Operands given_x{x + first * n * inputs, nullptr, nullptr, gates, (end - first) * n};
-      share.products(Product(r.weight_ih, r.finish_ih, x_window, x_rows, given_x), false);
+      share.products(Product(r.weight_ih, r.finish_ih, x_window, x_rows, given_x), end - first, false);
       for (int64_t t = first; t < end; ++t) {
         const float* before = t ? y + (t - 1) * n * hidden : h;
         for (int64_t i = h_first; i < h_end; ++i)
@@ -169,8 +194,8 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
         if (failed) break;
         float* step = gates + (t - first) * n * outputs;
         const Operands given_h{h_codes, nullptr, step, step, n};
-        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), t % 2);
-        share.cells(n, step, outputs, c, [to = y + t * n * hidden](const Units& units, Floats now) {
+        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), 1, t % 2);
+        share.cells(step, outputs, c, [to = y + t * n * hidden](const Units& units, Floats now) {
           units.put_to(to, now);
         });
 #pragma omp barrier
@@ -203,17 +228,17 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
   const int threads = threads_of(r);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Share share(hidden);
+    const Share share(r);
     for (int64_t part = 0; part < parts.count; ++part) {
       const int64_t first = parts.begin(part), end = parts.begin(part + 1);
       const Operands given_x{x + first * n * inputs, nullptr, nullptr, gates, (end - first) * n};
-      share.float_products(Product(r.weight_ih, r.finish_ih, x_window, none, given_x), of_ih, scales_ih, nullptr);
+      share.float_products(Product(r.weight_ih, r.finish_ih, x_window, none, given_x), end - first, of_ih, scales_ih, nullptr);
       for (int64_t t = first; t < end; ++t) {
         const float* before = t ? y + (t - 1) * n * hidden : h;
         float* step = gates + (t - first) * n * outputs;
         const Operands given_h{before, nullptr, step, step, n};
-        share.float_products(Product(r.weight_hh, r.finish_hh, h_window, none, given_h), of_hh, scales_hh, ready);
-        share.cells(n, step, outputs, c, [to = y + t * n * hidden](const Units& units, Floats now) {
+        share.float_products(Product(r.weight_hh, r.finish_hh, h_window, none, given_h), 1, of_hh, scales_hh, ready);
+        share.cells(step, outputs, c, [to = y + t * n * hidden](const Units& units, Floats now) {
           units.put_to(to, now);
         });
 #pragma omp barrier
