@@ -100,15 +100,14 @@ struct Share {
   template <class Use>
   void cells(const float* gates, int64_t outputs, float* c, const Use& use) const {
     const auto pairs = [=](const auto& run) {
-      for (int64_t s = first; s < end; ++s) {
-        const auto units = [=](int64_t tile) {
-          const int64_t unit = tile * TILE;
-          return Units{gates + s * outputs + unit * GATES, s * hidden + unit, std::min<int64_t>(TILE, hidden - unit)};
-        };
-        for (int64_t tile = from; tile < to; tile += 2) {
-          const Units a = units(tile), b = units(std::min(tile + 1, to - 1));
-          run(a, b, [=](Units::Gate which) { return TwoFloats{a.gate(which), b.gate(which)}; });
-        }
+      const int64_t tiles = to - from, count = (end - first) * tiles;
+      const auto units = [=](int64_t index) {
+        const int64_t sample = first + index / tiles, unit = (from + index % tiles) * TILE;
+        return Units{gates + sample * outputs + unit * GATES, sample * hidden + unit, std::min<int64_t>(TILE, hidden - unit)};
+      };
+      for (int64_t index = 0; index < count; index += 2) {
+        const Units a = units(index), b = units(std::min(index + 1, count - 1));
+        run(a, b, [=](Units::Gate which) { return TwoFloats{a.gate(which), b.gate(which)}; });
       }
     };
     pairs([c](const Units& a, const Units& b, const auto& gate) {
