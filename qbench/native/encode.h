@@ -21,19 +21,17 @@ inline Floats quotient(Floats x, float scale, [[maybe_unused]] float inverse) {
 // TILE values from x on; of the last `count` < TILE, the others are 0.
 template <class Vector, class In>
 inline Vector taken(const In* x, int64_t count) {
-  Vector v = {};  // copied: a template forgets that a vector may lie anywhere
-  if (count >= TILE)
-    std::memcpy(&v, x, sizeof v);
-  else
-    std::memcpy(&v, x, count * sizeof(In));
+  if (count >= TILE) return copied_from<Vector>(x);
+  Vector v = {};
+  std::memcpy(&v, x, count * sizeof(In));
   return v;
 }
 
-// TILE values to y on; of the last `count` < TILE these alone. By value: see `taken`, a reference would say aligned.
+// TILE values to y on; of the last `count` < TILE these alone.
 template <class Out, class Vector>
 inline void put(Vector v, int64_t count, Out* y) {
   if (count >= TILE)
-    std::memcpy(y, &v, sizeof v);
+    copy_to(y, v);
   else
     std::memcpy(y, &v, count * sizeof(Out));
 }

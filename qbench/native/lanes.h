@@ -109,16 +109,28 @@ template <class V>
 inline V at_most(V v, float bound) { return lower_of(V{} + bound, v); }
 inline Floats above(Floats v, float bound) { return higher_of(v, Floats{} + bound); }
 
-// Values from any address of their elements, and to one.
+// Values from any address of their elements, and to one: a register at a time, as g++ 12 copies a pair through the stack.
 template <class Vector>
 inline Vector copied_from(const void* x) {
-  Vector v;
-  std::memcpy(&v, x, sizeof v);
-  return v;
+  if constexpr (std::is_class_v<Vector>) {
+    using Half = decltype(Vector::low);
+    return {copied_from<Half>(x), copied_from<Half>(static_cast<const char*>(x) + sizeof(Half))};
+  } else {
+    Vector v;
+    std::memcpy(&v, x, sizeof v);
+    return v;
+  }
+}
+template <class Vector>
+inline void copy_to(void* x, Vector v) {  // by value: a reference would say that the vector is aligned
+  if constexpr (std::is_class_v<Vector>)
+    copy_to(x, v.low), copy_to(static_cast<char*>(x) + sizeof v.low, v.high);
+  else
+    std::memcpy(x, &v, sizeof v);
 }
 inline Floats lanes_at(const float* x) { return copied_from<Floats>(x); }
 inline Ints lanes_at(const int32_t* x) { return copied_from<Ints>(x); }
 inline Wrapping wrapping_at(const void* x) { return copied_from<Wrapping>(x); }
-inline void set_lanes(float* x, Floats v) { std::memcpy(x, &v, sizeof v); }
+inline void set_lanes(float* x, Floats v) { copy_to(x, v); }
 
 }  // namespace
