@@ -92,17 +92,14 @@ struct Finisher {
   }
 
   void end(int64_t count, float* t) const {
-    for (int64_t r = 0; r < count; ++r, t += wide * TILE) {
-      if (operands.residual) {
+    if (operands.residual)
+      for (int64_t r = 0; r < count; ++r) {
         const uint8_t* residual = operands.residual + at(r);
         for (int64_t j = 0; j < outputs; ++j)
-          t[j] += float(residual[j] - finish.residual_zero_point) * finish.residual_multiplier;
+          t[r * wide * TILE + j] += float(residual[j] - finish.residual_zero_point) * finish.residual_multiplier;
       }
-      if (finish.to_float)
-        floats(t, static_cast<float*>(operands.y) + at(r));
-      else
-        codes(t, static_cast<uint8_t*>(operands.y) + at(r));
-    }
+    if (finish.to_float) return floats(count, t);
+    for (int64_t r = 0; r < count; ++r) codes(t + r * wide * TILE, static_cast<uint8_t*>(operands.y) + at(r));
   }
 
   void codes(const float* t, uint8_t* y) const {
@@ -114,12 +111,17 @@ struct Finisher {
     if (finish.table) replace(y, outputs, finish.table, y);
   }
 
-  void floats(const float* t, float* y) const {
-    for (int n = 0; n < wide; ++n) {
-      Floats v = lanes_at(t + n * TILE);
-      if (finish.last) v += lanes_at(finish.last + offset + n * TILE);
-      v = at_most(at_least(v, finish.low), finish.high);  // NaN stays NaN, as torch's clamp has it
-      if (n * TILE < outputs) put(v, outputs - n * TILE, y + n * TILE);
+  void floats(int64_t count, const float* t) const {
+    const bool clamps = finish.low > -INFINITY || finish.high < INFINITY;
+    for (int n = 0; n * TILE < outputs; ++n) {
+      const Floats last = finish.last ? lanes_at(finish.last + offset + n * TILE) : Floats{};
+      float* const y = static_cast<float*>(operands.y) + n * TILE;
+      for (int64_t r = 0; r < count; ++r) {
+        Floats v = lanes_at(t + (r * wide + n) * TILE);
+        if (finish.last) v += last;
+        if (clamps) v = at_most(at_least(v, finish.low), finish.high);  // NaN stays NaN, as torch's clamp has it
+        put(v, outputs - n * TILE, y + at(r));
+      }
     }
   }
 

@@ -63,6 +63,8 @@ inline Lanes value_of(Words v, Lanes offset) {
 inline Words packed_products(const int8_t* w) {
 #if defined(QB_VNNI)
   return *reinterpret_cast<const Words*>(w);
+#elif defined(QB_AVX2)
+  return Words(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));  // the next is two halves
 #else
   return __builtin_convertvector(*reinterpret_cast<const Halves*>(w), Words);
 #endif
@@ -230,8 +232,9 @@ template <int R, int C>
 void multiply_packed(const Inputs& inputs, int64_t group, const Piece* pieces, int64_t count, const int8_t* w,
                      int64_t tile_stride, const int32_t* zero_points, const float* scales, bool fresh, float* t) {
   constexpr int N = C * PER_TILE;
+  constexpr int TURNS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : int(PACKED);  // sums apart from each other: a product takes 4 cycles
   const Offsets<C> offsets(zero_points);
-  Lanes c[R][N] = {};
+  Lanes c[TURNS][R][N] = {};
   for (const Piece* piece = pieces; piece < pieces + count; ++piece) {
     const float* x[R];
 #pragma GCC unroll 6
@@ -243,12 +246,13 @@ void multiply_packed(const Inputs& inputs, int64_t group, const Piece* pieces, i
       for (int n = 0; n < N; ++n) {
         Words v = packed_products(at + n / PER_TILE * tile_stride + n % PER_TILE * LANES * PACKED);
 #pragma GCC unroll 2
-        for (int half = 0; half < int(PACKED) / 2; ++half, v >>= 16) {
+        for (int i = 0; i < int(PACKED); i += 2, v >>= 16) {
           const Lanes first = value_of<0>(v, offsets.of[0][n]), second = value_of<1>(v, offsets.of[1][n]);
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r) {
-            c[r][n] = fused(all_lanes(x[r][k + 2 * half]), first, c[r][n]);
-            c[r][n] = fused(all_lanes(x[r][k + 2 * half + 1]), second, c[r][n]);
+            Lanes &even = c[i % TURNS][r][n], &odd = c[(i + 1) % TURNS][r][n];
+            even = fused(all_lanes(x[r][k + i]), first, even);
+            odd = fused(all_lanes(x[r][k + i + 1]), second, odd);
           }
         }
       }
@@ -258,7 +262,7 @@ void multiply_packed(const Inputs& inputs, int64_t group, const Piece* pieces, i
         const Words v = packed_products(at + n / PER_TILE * tile_stride + n % PER_TILE * LANES * PACKED);
         const Lanes b = value_of<0>(v >> uint32_t(shift), offsets.of[0][n]);
 #pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) c[r][n] = fused(all_lanes(x[r][k]), b, c[r][n]);
+        for (int r = 0; r < R; ++r) c[0][r][n] = fused(all_lanes(x[r][k]), b, c[0][r][n]);
       }
   }
 #pragma GCC unroll 6
@@ -266,7 +270,10 @@ void multiply_packed(const Inputs& inputs, int64_t group, const Piece* pieces, i
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Lanes& to = floats_at(t + (r * N + n) * LANES);
-      to = fused(c[r][n], floats_at(scales + n * LANES), fresh ? Lanes{} : to);
+      Lanes sum = c[0][r][n];
+#pragma GCC unroll 4
+      for (int i = 1; i < TURNS; ++i) sum += c[i][r][n];
+      to = fused(sum, floats_at(scales + n * LANES), fresh ? Lanes{} : to);
     }
 }
 
