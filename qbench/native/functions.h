@@ -27,48 +27,49 @@ inline V sigmoid(V x) { return 1.0f / (1.0f + exponential(-1.0f * x)); }
 template <class V>
 inline V hyperbolic_tangent(V x) { return 1.0f - 2.0f / (1.0f + exponential(2.0f * x)); }
 
-// The sum of the lanes: j and j + 8, j + 4, j + 2, j + 1.
+// Of all lanes: the sum (j and j + 8, j + 4, j + 2, j + 1), the sum, which must lie within int32, the largest, a sign bit.
+#if defined(QB_AVX512)
+inline float folded(Floats lanes) { return _mm512_reduce_add_ps(__m512(lanes)); }
+inline int32_t added_up(Ints lanes) { return _mm512_reduce_add_epi32(__m512i(lanes)); }
+inline float largest_of(Floats lanes) { return _mm512_reduce_max_ps(__m512(lanes)); }
+inline bool any_below_0(Ints v) { return _mm512_movepi32_mask(__m512i(v)) != 0; }
+#else
+// run(a, b) of lanes j and j + 8, then j + 4, j + 2 and j + 1 of the results.
+template <class Lanes, class Run>
+inline auto reduced(Lanes v, const Run& run) {
+#if defined(QB_AVX2)
+  const __m256 eight = __m256(run(v.low, v.high));
+  using Half = decltype(v.low);
+  const auto upper = [](__m256 x, __m256 y) { return Half(_mm256_permute2f128_ps(x, y, 0x11)); };
+  const __m256 four = __m256(run(Half(eight), upper(eight, eight)));
+  const __m256 two = __m256(run(Half(four), Half(_mm256_permute_ps(four, 0xEE))));
+  return run(Half(two), Half(_mm256_movehdup_ps(two)))[0];
+#else
+  if constexpr (std::is_class_v<Lanes>) {
+    return reduced(run(v.low, v.high), run);
+  } else {
+    for (int half = int(sizeof v / sizeof v[0]) / 2; half; half /= 2) {
+      Lanes moved = v;
+      for (int j = 0; j < half; ++j) moved[j] = v[j + half];
+      v = run(v, moved);
+    }
+    return v[0];
+  }
+#endif
+}
+
 inline float folded(Floats lanes) {
-#if defined(QB_AVX512)
-  return _mm512_reduce_add_ps(__m512(lanes));
-#else
-  float values[TILE];
-  std::memcpy(values, &lanes, sizeof values);
-  for (int half = TILE / 2; half; half /= 2)
-    for (int j = 0; j < half; ++j) values[j] += values[j + half];
-  return values[0];
-#endif
+  return reduced(lanes, [](auto a, auto b) { return a + b; });
 }
-
-// The sum of the lanes, which must lie within int32.
 inline int32_t added_up(Ints lanes) {
-#if defined(QB_AVX512)
-  return _mm512_reduce_add_epi32(__m512i(lanes));
-#else
-  int32_t sum = 0;
-  for (int j = 0; j < TILE; ++j) sum += lanes[j];
-  return sum;
-#endif
+  return reduced(lanes, [](auto a, auto b) { return a + b; });
 }
-
 inline float largest_of(Floats lanes) {
-#if defined(QB_AVX512)
-  return _mm512_reduce_max_ps(__m512(lanes));
-#else
-  float largest = lanes[0];
-  for (int j = 1; j < TILE; ++j) largest = std::max(largest, lanes[j]);
-  return largest;
-#endif
+  return reduced(lanes, [](auto a, auto b) { return higher_of(a, b); });
 }
-
-inline bool any_below_0(Ints v) {
-#if defined(QB_AVX512)
-  return _mm512_movepi32_mask(__m512i(v)) != 0;
-#else
-  int32_t signs = 0;
-  for (int j = 0; j < TILE; ++j) signs |= v[j];
-  return signs < 0;
-#endif
+inline bool any_below_0(Ints lanes) {
+  return reduced(lanes, [](auto a, auto b) { return a | b; }) < 0;
 }
+#endif
 
 }  // namespace
