@@ -127,7 +127,7 @@ def _blocks(weight: Tensor, block: int, fill: float) -> Tensor:
 
 def spread(per_block: Tensor, block: int, weight: Tensor) -> Tensor:
     """[rows, blocks] to a shape that broadcasts against the weight."""
-    wide = per_block.repeat_interleave(block, dim=1)[:, : weight.shape[1]]
+    wide = per_block if per_block.shape[1] == 1 else per_block.repeat_interleave(block, dim=1)[:, : weight.shape[1]]
     return wide.reshape(*wide.shape, *[1] * (weight.dim() - 2))
 
 

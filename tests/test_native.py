@@ -304,11 +304,14 @@ def test_lstm_that_starts_from_a_state(recipe: Recipe) -> None:
     assert_same(seeded(Started), x, recipe)
 
 
-SHARED_OUT = {  # enough products a step for several threads, and what these share out: inputs, units, (steps, samples)
-    "units": (20, 72, (20, 9)),
-    "samples": (64, 16, (20, 40)),
-    "both": (30, 20, (20, 40)),
-    "units of one sample": (600, 60, (5, 1)),
+# What threads share out, two to four of them: inputs, units, (steps, samples).
+SHARED_OUT = {
+    "units": (40, 72, (20, 9)),
+    "units of one sample": (1040, 60, (5, 1)),
+    "units of many samples, samples with two threads": (20, 40, (3, 203)),
+    "samples": (64, 16, (20, 64)),
+    "samples, two steps at once": (120, 16, (21, 32)),
+    "samples, both with four threads": (60, 20, (20, 64)),
 }
 
 
@@ -317,28 +320,34 @@ SHARED_OUT = {  # enough products a step for several threads, and what these sha
 @pytest.mark.parametrize("name", SHARED_OUT)
 def test_threads_share_an_lstm(name: str, method: str, threads: int) -> None:
     inputs, units, rows = SHARED_OUT[name]
+    assert rows[1] * 4 * units * (units + inputs) >= 4 * 2**16  # products a step from which there are four threads
     method, _, activations = method.partition(" ")
     recipe = Recipe(method, activation_granularity=activations or "per_row", activation_scheme="affine")
+    model, x = seeded(lambda: nn.LSTM(inputs, units)), normal(*rows, inputs)
+    q = qbench.quantize(model, (x,), recipe, calibration=[(x,)], backend="native")
+    alone = leaves(q(x))
     torch.set_num_threads(threads)
     try:
-        assert_same(seeded(lambda: nn.LSTM(inputs, units)), (normal(*rows, inputs),), recipe)
+        assert all(map(torch.equal, alone, leaves(q(x))))
+        assert_same(model, (x,), recipe)
     finally:
         torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_each_thread_leaves_an_lstm_at_a_state_that_is_not_finite(threads: int) -> None:
-    model = seeded(lambda: Started(20, 72))
-    x = normal(9, 20, 20), normal(9, 72, seed=1), normal(9, 72, seed=2)
-    q = qbench.quantize(model, x, Recipe(method="ptdq"), backend="native")
+@pytest.mark.parametrize("activations", ["per_row", "per_tensor"])
+def test_each_thread_leaves_an_lstm_at_a_state_that_is_not_finite(activations: str, threads: int) -> None:
+    model = seeded(lambda: Started(40, 72))
+    x = normal(9, 20, 40), normal(9, 72, seed=1), normal(9, 72, seed=2)
+    q = qbench.quantize(model, x, Recipe("ptdq", activation_granularity=activations), backend="native")
     torch.set_num_threads(threads)
     try:
-        good = q(*x)
+        good, value = q(*x), float(x[1][7, 3])
         x[1][7, 3] = float("nan")
         with pytest.raises(ValueError, match="not finite"):
             q(*x)
-        x[1][7, 3] = 0.0
-        assert q(*x).shape == good.shape
+        x[1][7, 3] = value
+        assert torch.equal(q(*x), good)
     finally:
         torch.set_num_threads(1)
 

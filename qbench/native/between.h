@@ -37,7 +37,7 @@ bool quantize_row(const float* x, int64_t count, bool affine, uint8_t* y, float&
   for (int64_t i = 0; i < count; i += TILE) {
     const Floats v = taken<Floats>(x + i, count - i);
     low = lower_of(v, low), high = higher_of(v, high);
-    odd_ones |= (as_ints(v) & 0x7F800000) + 0x00800000;  // below 0 where the exponent is the highest
+    odd_ones |= as_ints(as_wrapping(as_ints(v) & 0x7F800000) + 0x00800000u);  // below 0 where the exponent is the highest
   }
   if (any_below_0(odd_ones)) return false;
   range_to_scale(-largest_of(-1.0f * low), largest_of(high), affine, row_scale, zero_point);

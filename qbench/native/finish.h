@@ -113,16 +113,13 @@ struct Finisher {
 
   void floats(int64_t count, const float* t) const {
     const bool clamps = finish.low > -INFINITY || finish.high < INFINITY;
-    for (int n = 0; n * TILE < outputs; ++n) {
-      const Floats last = finish.last ? lanes_at(finish.last + offset + n * TILE) : Floats{};
-      float* const y = static_cast<float*>(operands.y) + n * TILE;
-      for (int64_t r = 0; r < count; ++r) {
-        Floats v = lanes_at(t + (r * wide + n) * TILE);
-        if (finish.last) v += last;
+    for (int64_t r = 0; r < count; ++r, t += wide * TILE)
+      for (int64_t j = 0; j < outputs; j += TILE) {
+        Floats v = lanes_at(t + j);
+        if (finish.last) v += lanes_at(finish.last + offset + j);
         if (clamps) v = at_most(at_least(v, finish.low), finish.high);  // NaN stays NaN, as torch's clamp has it
-        put(v, outputs - n * TILE, y + at(r));
+        put(v, outputs - j, static_cast<float*>(operands.y) + at(r) + j);
       }
-    }
   }
 
   // All of it where a layer has one block and nothing to start from: sums [count][wide * TILE] to results.

@@ -27,7 +27,8 @@ inline V sigmoid(V x) { return 1.0f / (1.0f + exponential(-1.0f * x)); }
 template <class V>
 inline V hyperbolic_tangent(V x) { return 1.0f - 2.0f / (1.0f + exponential(2.0f * x)); }
 
-// Of all lanes: the sum (j and j + 8, j + 4, j + 2, j + 1), the sum, which must lie within int32, the largest, a sign bit.
+// Of all lanes: the sum (of j and j + 8, then j + 4, j + 2, j + 1), the sum, which must lie within int32, the largest, and
+// whether one is below 0.
 #if defined(QB_AVX512)
 inline float folded(Floats lanes) { return _mm512_reduce_add_ps(__m512(lanes)); }
 inline int32_t added_up(Ints lanes) { return _mm512_reduce_add_epi32(__m512i(lanes)); }
@@ -35,21 +36,20 @@ inline float largest_of(Floats lanes) { return _mm512_reduce_max_ps(__m512(lanes
 inline bool any_below_0(Ints v) { return _mm512_movepi32_mask(__m512i(v)) != 0; }
 #else
 // run(a, b) of lanes j and j + 8, then j + 4, j + 2 and j + 1 of the results.
-template <class Lanes, class Run>
-inline auto reduced(Lanes v, const Run& run) {
+template <class Vector, class Run>
+inline auto reduced(Vector v, const Run& run) {
 #if defined(QB_AVX2)
   const __m256 eight = __m256(run(v.low, v.high));
   using Half = decltype(v.low);
-  const auto upper = [](__m256 x, __m256 y) { return Half(_mm256_permute2f128_ps(x, y, 0x11)); };
-  const __m256 four = __m256(run(Half(eight), upper(eight, eight)));
+  const __m256 four = __m256(run(Half(eight), Half(_mm256_permute2f128_ps(eight, eight, 0x11))));
   const __m256 two = __m256(run(Half(four), Half(_mm256_permute_ps(four, 0xEE))));
   return run(Half(two), Half(_mm256_movehdup_ps(two)))[0];
 #else
-  if constexpr (std::is_class_v<Lanes>) {
+  if constexpr (std::is_class_v<Vector>) {
     return reduced(run(v.low, v.high), run);
   } else {
     for (int half = int(sizeof v / sizeof v[0]) / 2; half; half /= 2) {
-      Lanes moved = v;
+      Vector moved = v;
       for (int j = 0; j < half; ++j) moved[j] = v[j + half];
       v = run(v, moved);
     }

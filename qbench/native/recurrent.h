@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t GATES = 4;
 static_assert(GATES % WIDE == 0 && GATES % FLOAT_TILES == 0, "a tile of units has whole blocks of tiles of outputs");
 constexpr int64_t ROWS_AT_ONCE = 64, FLOAT_ROWS_AT_ONCE = FLOAT_PANEL;  // steps of samples whose gates stay in the cache
+constexpr int64_t SAMPLES = 16;  // at least, where threads share them: rows of a tile register; woq reads its weight back for them
 constexpr int64_t READY = int64_t(1) << 18;  // weights that are read back once for all steps: a mebibyte of float32
 
 // `count` (at most TILE) units of one sample: from `at` on in its states, and the gates of all.
@@ -29,8 +30,7 @@ Window rows_of(int64_t inputs, int64_t block) {
   return Window{1, 1, inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, block};
 }
 
-// The steps of a sequence in parts of about as many: at least one each, at most `rows` rows (steps of samples) where that is
-// more.
+// The steps of a sequence in parts of about as many: as many as `rows` rows (steps of samples) hold, one at least.
 struct Parts {
   int64_t steps, count;
 
@@ -43,19 +43,26 @@ struct Parts {
   int64_t longest() const { return (steps + count - 1) / count; }
 };
 
-// How many parts units and samples are cut into. Units first: each part reads its own weights alone.
+// How many parts units and samples are cut into: so that the largest is small, into parts of units where that is about the
+// same, as each of them reads its own weights alone.
 struct Grid {
-  int64_t units, samples;
+  int64_t units = 1, samples = 1;
 
   Grid(const Recurrent& r, int64_t threads) {
-    units = std::clamp<int64_t>((r.hidden + TILE - 1) / TILE, 1, threads);
-    samples = std::clamp<int64_t>(r.samples / ROWS, 1, threads / units);
+    const int64_t tiles = std::max<int64_t>((r.hidden + TILE - 1) / TILE, 1);
+    int64_t least = INT64_MAX;
+    for (int64_t u = std::min(tiles, threads); u > 0; --u) {
+      const int64_t s = std::clamp<int64_t>(r.samples / SAMPLES, 1, threads / u);
+      const int64_t largest = (tiles + u - 1) / u * ((r.samples + s - 1) / s);
+      if (least == INT64_MAX || largest < least - least / 8) least = largest, units = u, samples = s;
+    }
   }
 };
 
 int threads_of(const Recurrent& r) {
   const int64_t work = r.samples * GATES * r.hidden * (r.hidden + r.weight_ih.depth);  // from one meeting to the next
-  const Grid grid(r, threads_for(work, WORTH_A_THREAD));
+  const int64_t threads = std::min<int64_t>(threads_for(work, WORTH_A_THREAD), std::max<int64_t>(work / WORTH_A_THREAD, 1));
+  const Grid grid(r, threads);
   return int(grid.units * grid.samples);
 }
 
@@ -66,18 +73,20 @@ struct Share {
 
   explicit Share(const Recurrent& r) : hidden(r.hidden), samples(r.samples) {
     const Grid grid(r, omp_get_num_threads());
-    const int64_t tiles = (hidden + TILE - 1) / TILE, column = omp_get_thread_num() % grid.units, row = omp_get_thread_num() / grid.units;
+    const int64_t tiles = (hidden + TILE - 1) / TILE;
+    const int64_t column = omp_get_thread_num() % grid.units, row = omp_get_thread_num() / grid.units;
     if (row >= grid.samples) return;  // there are more threads than parts
     from = column * tiles / grid.units, to = (column + 1) * tiles / grid.units;
     first = row * samples / grid.samples, end = (row + 1) * samples / grid.samples;
   }
 
-  // use(first row, rows) for panels of at most `most` of this thread's rows in `steps` steps.
+  // use(first row, rows) for this thread's rows in `steps` steps, in panels of at most `most` rows, or where they may be
+  // longer of less than twice as many.
   template <class Use>
-  void panels(int64_t steps, int64_t most, const Use& use) const {
+  void panels(int64_t steps, int64_t most, bool longer, const Use& use) const {
     const bool all = end - first == samples;
     const int64_t runs = all ? 1 : steps, length = all ? steps * samples : end - first;
-    const int64_t count = (length + most - 1) / most;
+    const int64_t count = longer ? std::max<int64_t>(length > 0, length / most) : (length + most - 1) / most;
     for (int64_t run = 0; run < runs; ++run)
       for (int64_t index = 0; index < count; ++index) {
         const int64_t at = index * length / count;
@@ -86,11 +95,11 @@ struct Share {
   }
 
   void products(const Product& p, int64_t steps, bool backwards) const {
-    panels(steps, PANEL, [&](int64_t row, int64_t rows) { panel(p, row, rows, GATES * from, GATES * to, backwards); });
+    panels(steps, PANEL, true, [&](int64_t row, int64_t rows) { panel(p, row, rows, GATES * from, GATES * to, backwards); });
   }
 
   void float_products(const Product& p, int64_t steps, const Pieced& list, const float* scales, const float* ready) const {
-    panels(steps, FLOAT_PANEL, [&](int64_t row, int64_t rows) {
+    panels(steps, FLOAT_PANEL, false, [&](int64_t row, int64_t rows) {
       float_panel(p, list, scales, row, rows, GATES * from, GATES * to, ready);
     });
   }
@@ -100,13 +109,15 @@ struct Share {
   template <class Use>
   void cells(const float* gates, int64_t outputs, float* c, const Use& use) const {
     const auto pairs = [=](const auto& run) {
-      const int64_t tiles = to - from, count = (end - first) * tiles;
-      const auto units = [=](int64_t index) {
-        const int64_t sample = first + index / tiles, unit = (from + index % tiles) * TILE;
-        return Units{gates + sample * outputs + unit * GATES, sample * hidden + unit, std::min<int64_t>(TILE, hidden - unit)};
+      int64_t sample = first, tile = from;
+      const auto next = [&] {
+        const int64_t unit = tile * TILE;
+        const Units units{gates + sample * outputs + unit * GATES, sample * hidden + unit, std::min<int64_t>(TILE, hidden - unit)};
+        if (++tile == to) tile = from, ++sample;
+        return units;
       };
-      for (int64_t index = 0; index < count; index += 2) {
-        const Units a = units(index), b = units(std::min(index + 1, count - 1));
+      for (int64_t left = (end - first) * (to - from); left > 0; left -= 2) {
+        const Units a = next(), b = left > 1 ? next() : a;
         run(a, b, [=](Units::Gate which) { return TwoFloats{a.gate(which), b.gate(which)}; });
       }
     };

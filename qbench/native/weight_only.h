@@ -64,7 +64,7 @@ inline Words packed_products(const int8_t* w) {
 #if defined(QB_VNNI)
   return *reinterpret_cast<const Words*>(w);
 #elif defined(QB_AVX2)
-  return Words(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));  // the next is two halves
+  return Words(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));  // g++ 12 does halves in the next
 #else
   return __builtin_convertvector(*reinterpret_cast<const Halves*>(w), Words);
 #endif
@@ -232,7 +232,8 @@ template <int R, int C>
 void multiply_packed(const Inputs& inputs, int64_t group, const Piece* pieces, int64_t count, const int8_t* w,
                      int64_t tile_stride, const int32_t* zero_points, const float* scales, bool fresh, float* t) {
   constexpr int N = C * PER_TILE;
-  constexpr int TURNS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : int(PACKED);  // sums apart from each other: a product takes 4 cycles
+  // Sums apart from each other: two products begin in a cycle, each takes 4.
+  constexpr int TURNS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : int(PACKED);
   const Offsets<C> offsets(zero_points);
   Lanes c[TURNS][R][N] = {};
   for (const Piece* piece = pieces; piece < pieces + count; ++piece) {
