@@ -80,8 +80,8 @@ struct Share {
     first = row * samples / grid.samples, end = (row + 1) * samples / grid.samples;
   }
 
-  // use(first row, rows) for this thread's rows in `steps` steps, in panels of at most `most` rows, or where they may be
-  // longer of less than twice as many.
+  // use(first row, rows) for this thread's rows in `steps` steps, in panels of at most `most` rows; where they may be longer,
+  // of fewer than twice as many.
   template <class Use>
   void panels(int64_t steps, int64_t most, bool longer, const Use& use) const {
     const bool all = end - first == samples;
