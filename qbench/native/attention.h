@@ -12,13 +12,17 @@ struct PackedRows {
   // Keys: `columns` outputs `stride` apart, the products of each side by side.
   void pack_rows(const uint8_t* first, int64_t columns, int64_t count, int64_t stride) {
     begin(columns, count);
-    for (int64_t j = 0; j < columns; ++j) {
-      const uint8_t* x = first + j * stride;
-      int8_t* to = values + j / TILE * depth * TILE + j % TILE * PACKED;
+    for (int64_t j = 0; j < columns; j += TILE) {
+      const int64_t width = std::min<int64_t>(TILE, columns - j);
+      int8_t* to = values + j / TILE * depth * TILE;
       int64_t k = 0;
-      for (; k + PACKED <= count; k += PACKED, to += PACKED * TILE)
-        for (int64_t i = 0; i < PACKED; ++i) to[i] = int8_t(x[k + i] ^ 0x80);
-      for (int64_t i = 0; k + i < count; ++i) to[i] = int8_t(x[k + i] ^ 0x80);
+#if defined(QB_AVX512)
+      if (width == TILE)
+        for (; k + 16 <= count; k += 16) transpose(first + j * stride + k, stride, to + k * TILE);
+#endif
+      for (int64_t c = 0; c < width; ++c)
+        for (int64_t i = k; i < count; ++i)
+          to[i / PACKED * PACKED * TILE + c * PACKED + i % PACKED] = int8_t(first[(j + c) * stride + i] ^ 0x80);
     }
     add_up(columns);
   }
@@ -54,6 +58,25 @@ struct PackedRows {
     }
     add_up(columns);
   }
+
+#if defined(QB_AVX512)
+  // 16 bytes of each of TILE rows, four of each side by side.
+  static void transpose(const uint8_t* x, int64_t stride, int8_t* to) {
+    __m512i rows[4];  // i, i + 4, i + 8 and i + 12
+    for (int i = 0; i < 4; ++i, x += stride) {
+      const auto at = [=](int64_t row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + row * stride)); };
+      rows[i] = _mm512_castsi128_si512(at(0));
+      rows[i] = _mm512_inserti32x4(rows[i], at(4), 1);
+      rows[i] = _mm512_inserti32x4(rows[i], at(8), 2);
+      rows[i] = _mm512_xor_si512(_mm512_set1_epi8(char(0x80)), _mm512_inserti32x4(rows[i], at(12), 3));
+    }
+    const __m512i ab = _mm512_unpacklo_epi32(rows[0], rows[1]), AB = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    const __m512i cd = _mm512_unpacklo_epi32(rows[2], rows[3]), CD = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    const __m512i lines[4] = {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd),
+                              _mm512_unpacklo_epi64(AB, CD), _mm512_unpackhi_epi64(AB, CD)};
+    std::memcpy(to, lines, sizeof lines);
+  }
+#endif
 
   void begin(int64_t columns, int64_t count) {
     depth = rounded_up(count, GROUP);
@@ -98,16 +121,15 @@ inline void weigh(float* scores, int64_t stride, int64_t count, float* sums) {
     };
     Floats sum = {};
     int64_t k = 0;
-    for (; k + 2 * TILE <= stride; k += 2 * TILE) {
-      const TwoFloats e = raised(TwoFloats{lanes_at(row + k), lanes_at(row + k + TILE)});
-      set_lanes(row + k, e.low), set_lanes(row + k + TILE, e.high);
-      sum += e.low, sum += e.high;
-    }
-    if (k < stride) {
-      const Floats e = raised(lanes_at(row + k));
-      set_lanes(row + k, e);
-      sum += e;
-    }
+    const auto next = [&](auto scores) {
+      const auto e = raised(scores);
+      copy_to(row + k, e);
+      add_tiles(sum, e);
+      k += int64_t(sizeof e / sizeof *row);
+    };
+    while (k + MANY <= stride) next(copied_from<ManyFloats>(row + k));
+    while (k + 2 * TILE <= stride) next(copied_from<TwoFloats>(row + k));
+    while (k < stride) next(lanes_at(row + k));
     sums[r] = folded(sum);
   }
 }
@@ -145,11 +167,12 @@ struct Heads {  // scratch of a thread for one head of a sample
     std::memset(out + count, 0, (rounded_up(count, GROUP) - count) * sizeof(Code));
   }
 
-  // The exact sums of `count` centred rows of codes with zero points `zeros` and `columns` packed outputs, and the sum of
-  // each row: use(row, first column, TILE sums, row sum).
+  // The exact sums of `count` centred rows of codes with zero points `zeros` and `columns` packed outputs:
+  // use(row, the sum of the row)(first column, TILE sums).
   template <class Use>
   void product(const PackedRows& packed, int64_t count, const int32_t* zeros, int64_t columns, int64_t depth,
                const Use& use) const {
+    const int32_t* const totals = packed.totals;
     int32_t row_sums[AT_ONCE];
     for (int r = 0; r < count; ++r)
       row_sums[r] = sum_of(rows + r * packed.depth, depth) - (CENTRED ? 0 : int32_t(depth) * zeros[r]);
@@ -157,20 +180,21 @@ struct Heads {  // scratch of a thread for one head of a sample
       alignas(64) int32_t sums[AT_ONCE * WIDE * TILE];
       const int wide = int(std::min<int64_t>(WIDE, (columns - first + TILE - 1) / TILE));
       multiply(count, wide, {rows, packed.depth, nullptr}, packed.tile(first / TILE), packed.depth * TILE, packed.depth, sums);
-      for (int r = 0; r < count; ++r)
+      for (int r = 0; r < count; ++r) {
+        const auto use_sums = use(r, row_sums[r]);
         for (int n = 0; n < wide; ++n) {
           Wrapping sum = wrapping_at(sums + (r * wide + n) * TILE);
-          if (!CENTRED) sum -= wrapping_at(packed.totals + first + n * TILE) * uint32_t(zeros[r]);
-          use(r, first + n * TILE, as_ints(sum), row_sums[r]);
+          if (!CENTRED) sum -= wrapping_at(totals + first + n * TILE) * uint32_t(zeros[r]);
+          use_sums(first + n * TILE, sum);
         }
+      }
     }
   }
 };
 
-// (q - 128) sums to centred ones: sum - (zero - 128) * row sum. The difference is exact, steps of it may wrap.
-inline Ints centred_sums(Ints sums, Ints zeros, int32_t row_sum) {
-  return as_ints(as_wrapping(sums) - as_wrapping(zeros - 128) * uint32_t(row_sum));
-}
+// What the zero points of packed codes add to the sums of a row: sums less it are exact, steps of it may wrap.
+inline uint32_t excess(int32_t zero_point, int32_t row_sum) { return uint32_t(zero_point - 128) * uint32_t(row_sum); }
+inline Wrapping excess(Ints zero_points, int32_t row_sum) { return as_wrapping(zero_points - 128) * uint32_t(row_sum); }
 
 // Adds the mask, and hides what is after the query and behind the last key.
 inline void masked(const Attention& a, int64_t head, int64_t query, int64_t stride, float* scores) {
@@ -205,23 +229,34 @@ int64_t attention(const Attention& a, const uint8_t* q, const uint8_t* k, const 
       float e_sums[AT_ONCE];
       for (int64_t r = 0; r < count; ++r)
         h.row(queries + (first + r) * a.q.row, a.depth, a.q_zero_point, h.rows + r * h.keys.depth);
-      h.product(h.keys, count, q_zeros, a.keys, a.depth, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
-        const Ints centred = centred_sums(sums, Ints{} + a.k_zero_point, row_sum);
-        set_lanes(h.scores + r * h.stride + column, to_floats(centred) * a.m_scores);
+      h.product(h.keys, count, q_zeros, a.keys, a.depth, [&](int r, int32_t row_sum) {
+        float* const scores = h.scores + r * h.stride;
+        return [=, m = a.m_scores, less = excess(a.k_zero_point, row_sum)](int64_t column, Wrapping sums) {
+          set_lanes(scores + column, to_floats(as_ints(sums - less)) * m);
+        };
       });
       for (int64_t r = 0; r < count; ++r) masked(a, head, first + r, h.stride, h.scores + r * h.stride);
       weigh(h.scores, h.stride, count, e_sums);
       for (int64_t r = 0; r < count; ++r) {
         const float *scores = h.scores + r * h.stride, part = 255.0f / e_sums[r];
         Code* p = h.rows + r * h.values.depth;
-        for (int64_t j = 0; j < h.stride; j += TILE)  // the rows have room for whole tiles
+        int64_t j = 0;
+#if defined(QB_AVX512)
+        const auto ints = [=, &j](int64_t n) { return _mm512_cvtps_epi32(__m512(lanes_at(scores + j + n * TILE) * part)); };
+        for (; j + 64 <= h.stride; j += 64)  // NaN becomes the lowest int32, and then 0
+          _mm512_storeu_si512(p + j, in_order(_mm512_packus_epi16(_mm512_packs_epi32(ints(0), ints(1)),
+                                                                  _mm512_packs_epi32(ints(2), ints(3)))));
+#endif
+        for (; j < h.stride; j += TILE)  // the rows have room for whole tiles
           put_codes(to_bytes(rounded_lanes(lanes_at(scores + j) * part, 0.0f, 255.0f)), p + j);
         if (h.values.depth > h.stride) std::memset(p + h.stride, 0, (h.values.depth - h.stride) * sizeof(Code));
       }
-      h.product(h.values, count, p_zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
-        const Floats value = to_floats(centred_sums(sums, Ints{} + a.v_zero_point, row_sum)) * a.m;
-        const Ints codes = rounded_lanes(value, low, high) + a.zero_point;
-        put(to_bytes(codes), a.width - column, results + (first + r) * a.y.row + column);
+      h.product(h.values, count, p_zeros, a.width, a.keys, [&](int r, int32_t row_sum) {
+        uint8_t* const result = results + (first + r) * a.y.row;
+        return [=, &a, less = excess(a.v_zero_point, row_sum)](int64_t column, Wrapping sums) {
+          const Ints codes = rounded_lanes(to_floats(as_ints(sums - less)) * a.m, low, high) + a.zero_point;
+          put(to_bytes(codes), a.width - column, result + column);
+        };
       });
     }
   }
@@ -242,14 +277,16 @@ inline void weigh_keys(const Attention& a, const Quantized& q, const Quantized& 
     zeros[r] = q.zero_points[scale_of(head, first + r, a.queries, q.sharing)];
     h.row(q.codes + (head * a.queries + first + r) * a.depth, a.depth, zeros[r], h.rows + r * h.keys.depth);
   }
-  h.product(h.keys, count, zeros, a.keys, a.depth, [&](int r, int64_t column, Ints sums, int32_t row_sum) {
+  h.product(h.keys, count, zeros, a.keys, a.depth, [&](int r, int32_t row_sum) {
     const float q_scale = q.scales[scale_of(head, first + r, a.queries, q.sharing)];
-    const int64_t own = scale_of(head, column, a.keys, k.sharing), left = a.keys - column;
-    const bool each = k.sharing == EACH_ROW;
-    const Floats k_scales = each ? taken<Floats>(k.scales + own, left) : Floats{} + k.scales[own];
-    const Ints k_zeros = each ? taken<Ints>(k.zero_points + own, left) : Ints{} + k.zero_points[own];
-    set_lanes(h.scores + r * h.stride + column,
-              to_floats(centred_sums(sums, k_zeros, row_sum)) * (q_scale * k_scales * a.m_scores));
+    return [=, &a, &k, scores = h.scores + r * h.stride](int64_t column, Wrapping sums) {
+      const int64_t own = scale_of(head, column, a.keys, k.sharing), left = a.keys - column;
+      const bool each = k.sharing == EACH_ROW;
+      const Floats k_scales = each ? taken<Floats>(k.scales + own, left) : Floats{} + k.scales[own];
+      const Ints k_zeros = each ? taken<Ints>(k.zero_points + own, left) : Ints{} + k.zero_points[own];
+      set_lanes(scores + column,
+                to_floats(as_ints(sums - excess(k_zeros, row_sum))) * (q_scale * k_scales * a.m_scores));
+    };
   });
   float sums[AT_ONCE];
   for (int64_t r = 0; r < count; ++r) masked(a, head, first + r, h.stride, h.scores + r * h.stride);
@@ -280,9 +317,10 @@ inline void add_values(const Attention& a, const uint8_t* codes, const float* sc
     corrections[r] = correction;
   }
   const float v_scale = v.scales ? v.scales[scale_of(head, 0, a.keys, v.sharing)] : 1.0f;
-  h.product(h.values, count, zeros, a.width, a.keys, [&](int r, int64_t column, Ints sums, int32_t) {
-    const Floats value = to_floats(as_ints(as_wrapping(sums) - corrections[r])) * (scales[r] * v_scale);
-    put(value, a.width - column, y + r * a.width + column);
+  h.product(h.values, count, zeros, a.width, a.keys, [&](int r, int32_t) {
+    return [=, m = scales[r] * v_scale, less = corrections[r], result = y + r * a.width](int64_t column, Wrapping sums) {
+      put(to_floats(as_ints(sums - less)) * m, a.width - column, result + column);
+    };
   });
 }
 

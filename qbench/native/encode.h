@@ -7,6 +7,13 @@ inline Ints rounded_lanes(Floats v, float low, float high) {
   return as_ints(at_most(above(v, low), high) + ROUNDER) - ROUNDER_BITS;
 }
 
+#if defined(QB_AVX512)
+// The bytes of four tiles that two packings have joined, a tile after the other.
+inline __m512i in_order(__m512i packed) {
+  return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), packed);
+}
+#endif
+
 // x / scale for `rounded_lanes` with codes as bounds; `inverse` is 1 / scale. A product with that lies within 1e-4 of the
 // quotient where this is below 512, so it rounds to the same code unless it lies so near to a half, or is no number.
 inline Floats quotient(Floats x, float scale, [[maybe_unused]] float inverse) {

@@ -177,7 +177,6 @@ struct Finisher {
     const __m512 high = _mm512_set1_ps(float(finish.q_max - finish.zero_point));
     const __m512i zero_point = _mm512_set1_epi16(int16_t(finish.zero_point));
     const __m512i lowest = _mm512_set1_epi8(char(finish.q_min)), highest = _mm512_set1_epi8(char(finish.q_max));
-    const __m512i in_order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const uint64_t there = outputs >= 64 ? ~0ull : (1ull << outputs) - 1;
     const __m512i residual_zero = _mm512_set1_epi32(finish.residual_zero_point);
     const __m512 residual_multiplier = _mm512_set1_ps(finish.residual_multiplier);
@@ -212,7 +211,7 @@ struct Finisher {
       const __m512i second = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero_point);
       __m512i codes = _mm512_max_epu8(_mm512_packus_epi16(first, second), lowest);
       if (KIND != ANY) codes = _mm512_min_epu8(codes, highest);
-      codes = _mm512_permutexvar_epi32(in_order, codes);
+      codes = in_order(codes);
       if (KIND == ANY || C == 3)
         _mm512_mask_storeu_epi8(y, there, codes);
       else if (C == 4)

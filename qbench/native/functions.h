@@ -2,13 +2,13 @@
 
 namespace {
 
-// Of Floats or TwoFloats; the first, of values up to 88.
+// Of Floats, TwoFloats or FourFloats; the first, of values up to 88.
 template <class V>
 inline V exponential_below(V x) {
   x = at_least(x, -87.0f);
   const V shifted = x * 1.44269504f + ROUNDER;
   const V n = shifted - ROUNDER;
-  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const V r = less_exactly(x, n, 0.693359375f) - n * -2.12194440e-4f;  // n has 8 bits, the factor 9
   V p = V{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;

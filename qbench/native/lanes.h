@@ -35,6 +35,9 @@ namespace {
   }                                                                                                                  \
   inline Prefix##Floats where_not(Prefix##Floats v, float that, Prefix##Floats w) {                                  \
     return {where_not(v.low, that, w.low), where_not(v.high, that, w.high)};                                         \
+  }                                                                                                                  \
+  inline Prefix##Floats less_exactly(Prefix##Floats v, Prefix##Floats w, float by) {                                 \
+    return {less_exactly(v.low, w.low, by), less_exactly(v.high, w.high, by)};                                       \
   }
 
 #define QB_REGISTERS(Prefix, bytes)                                                                                 \
@@ -43,11 +46,12 @@ namespace {
   QB_VECTOR(Prefix##Wrapping, uint32_t, bytes);                                                                     \
   inline Prefix##Floats to_floats(Prefix##Ints v) { return __builtin_convertvector(v, Prefix##Floats); }
 
-// w where either is NaN.
+// w where either is NaN; v - w * by, where the product has no more bits than a float: in one instruction, where there is one.
 #define QB_PLAIN_CHOICES(Prefix)                                                                                    \
   inline Prefix##Floats lower_of(Prefix##Floats v, Prefix##Floats w) { return v < w ? v : w; }                      \
   inline Prefix##Floats higher_of(Prefix##Floats v, Prefix##Floats w) { return v > w ? v : w; }                     \
-  inline Prefix##Floats where_not(Prefix##Floats v, float that, Prefix##Floats w) { return v == that ? Prefix##Floats{} : w; }
+  inline Prefix##Floats where_not(Prefix##Floats v, float that, Prefix##Floats w) { return v == that ? Prefix##Floats{} : w; } \
+  inline Prefix##Floats less_exactly(Prefix##Floats v, Prefix##Floats w, float by) { return v - w * by; }
 
 QB_VECTOR(Bytes, uint8_t, 16);
 
@@ -58,6 +62,9 @@ inline Floats higher_of(Floats v, Floats w) { return Floats(_mm512_max_ps(__m512
 inline Floats where_not(Floats v, float that, Floats w) {
   return Floats(_mm512_maskz_mov_ps(_mm512_cmpneq_ps_mask(__m512(v), _mm512_set1_ps(that)), __m512(w)));
 }
+inline Floats less_exactly(Floats v, Floats w, float by) {
+  return Floats(_mm512_fnmadd_ps(__m512(w), _mm512_set1_ps(by), __m512(v)));
+}
 inline Bytes to_bytes(Ints v) { return Bytes(_mm512_cvtepi32_epi8(__m512i(v))); }
 inline Ints to_ints(Bytes v) { return Ints(_mm512_cvtepu8_epi32(__m128i(v))); }
 #elif defined(QB_AVX2)
@@ -66,6 +73,9 @@ inline HalfFloats lower_of(HalfFloats v, HalfFloats w) { return HalfFloats(_mm25
 inline HalfFloats higher_of(HalfFloats v, HalfFloats w) { return HalfFloats(_mm256_max_ps(__m256(v), __m256(w))); }
 inline HalfFloats where_not(HalfFloats v, float that, HalfFloats w) {
   return HalfFloats(_mm256_and_ps(_mm256_cmp_ps(__m256(v), _mm256_set1_ps(that), _CMP_NEQ_UQ), __m256(w)));
+}
+inline HalfFloats less_exactly(HalfFloats v, HalfFloats w, float by) {
+  return HalfFloats(_mm256_fnmadd_ps(__m256(w), _mm256_set1_ps(by), __m256(v)));
 }
 QB_PAIRS(, Half)
 inline Bytes to_bytes(Ints v) {
@@ -93,14 +103,30 @@ inline Ints to_ints(Bytes v) {
 }
 #endif
 
-QB_PAIRS(Two, )  // 2 * TILE values: chains of operations side by side, as one alone would wait for its own results
+// 2 and 4 * TILE values: chains of operations side by side, as one alone would wait for its own results; and how many of them
+// the registers hold.
+QB_PAIRS(Two, )
+QB_PAIRS(Four, Two)
+#if defined(QB_AVX512)
+using ManyFloats = FourFloats;
+#else
+using ManyFloats = TwoFloats;
+#endif
+constexpr int64_t MANY = ManyFloats::COUNT;
 
 inline Ints as_ints(Wrapping v) { return __builtin_bit_cast(Ints, v); }
 inline Ints as_ints(Floats v) { return __builtin_bit_cast(Ints, v); }
 inline TwoInts as_ints(TwoFloats v) { return {as_ints(v.low), as_ints(v.high)}; }
+inline FourInts as_ints(FourFloats v) { return {as_ints(v.low), as_ints(v.high)}; }
 inline Floats as_floats(Ints v) { return __builtin_bit_cast(Floats, v); }
 inline TwoFloats as_floats(TwoInts v) { return {as_floats(v.low), as_floats(v.high)}; }
+inline FourFloats as_floats(FourInts v) { return {as_floats(v.low), as_floats(v.high)}; }
 inline Wrapping as_wrapping(Ints v) { return __builtin_bit_cast(Wrapping, v); }
+
+// sum += v, one tile after the other.
+inline void add_tiles(Floats& sum, Floats v) { sum += v; }
+template <class Pair>
+inline void add_tiles(Floats& sum, Pair v) { add_tiles(sum, v.low), add_tiles(sum, v.high); }
 
 // v, or `bound` where v lies beyond it: NaN stays NaN; `above` makes the bound of it.
 template <class V>

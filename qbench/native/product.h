@@ -5,9 +5,18 @@
 namespace {
 
 inline int32_t sum_of(const Code* a, int64_t count) {
+#if defined(QB_AVX512)
+  __m512i sums = _mm512_setzero_si512();
+  for (; count > 0; count -= 64, a += 64) {
+    const uint64_t there = count < 64 ? (1ull << count) - 1 : ~0ull;
+    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(there, a), _mm512_setzero_si512()));
+  }
+  return int32_t(_mm512_reduce_add_epi64(sums));
+#else
   int32_t sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += a[i];
   return sum;
+#endif
 }
 
 #if defined(QB_AVX512)
