@@ -353,11 +353,11 @@ def test_each_thread_leaves_an_lstm_at_a_state_that_is_not_finite(activations: s
 
 
 class Attention(nn.Module):
-    """Cross-attention with a mask for all heads, one for each sample, or none."""
+    """Cross-attention of 4 heads of `size` with a mask for all heads, one for each sample, or none."""
 
-    def __init__(self, mask: str) -> None:
+    def __init__(self, mask: str, size: int = 4) -> None:
         super().__init__()
-        self.mask, self.q, self.k, self.v = mask, nn.Linear(12, 16), nn.Linear(12, 16), nn.Linear(12, 24)
+        self.mask, self.q, self.k, self.v = mask, *(nn.Linear(12, 4 * n) for n in (size, size, size + 2))
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (
@@ -368,10 +368,15 @@ class Attention(nn.Module):
 
 
 @few
-@given(Quantizations, st.sampled_from(["each", "shared", "none", "causal"]), st.integers(1, 40))
-def test_attention(recipe: Recipe, mask: str, keys: int) -> None:
+@given(
+    Quantizations,
+    st.sampled_from(["each", "shared", "none", "causal"]),
+    st.one_of(st.integers(1, 40), st.integers(1, 20).map(lambda tiles: 16 * tiles), st.integers(1, 200)),
+    st.sampled_from([4, 16, 33]),
+)
+def test_attention(recipe: Recipe, mask: str, keys: int, size: int) -> None:
     hidden = torch.where(normal(3, 9, keys, seed=3) > 0.5, -1e4, 0.0)
-    assert_same(seeded(lambda: Attention(mask)), (normal(3, 9, 12), normal(3, keys, 12, seed=1), hidden), recipe)
+    assert_same(seeded(lambda: Attention(mask, size)), (normal(3, 9, 12), normal(3, keys, 12, seed=1), hidden), recipe)
 
 
 class Encoder(nn.Module):
