@@ -66,11 +66,12 @@ struct Finisher {
 
   // t [rows][wide * TILE] before the first block.
   void begin(int64_t count, float* t) const {
-    for (int64_t r = 0; r < count; ++r, t += wide * TILE) {
-      for (int j = 0; j < wide * TILE; ++j) t[j] = finish.start ? finish.start[offset + j] : 0.0f;
-      if (operands.add)
-        for (int64_t j = 0; j < outputs; ++j) t[j] += operands.add[at(r) + j];
-    }
+    for (int64_t r = 0; r < count; ++r, t += wide * TILE)
+      for (int n = 0; n < wide; ++n) {
+        Floats v = finish.start ? lanes_at(finish.start + offset + n * TILE) : Floats{};
+        if (operands.add) v += taken<Floats>(operands.add + at(r) + n * TILE, outputs - n * TILE);
+        set_lanes(t + n * TILE, v);
+      }
   }
 
   bool fresh() const { return block_ == 0 && !finish.start && !operands.add; }
