@@ -308,15 +308,22 @@ struct Depthwise {
 
 #if defined(QB_AVX512)
   // As `lines`, for the kernel that there is most of: three columns, up to four rows, codes to codes.
-  template <int OUT>
+  template <int OUT, bool AFFINE>
   void lines_by_three(int64_t line, int32_t zero, const uint8_t* joined) const {
     const int64_t width = v.out_width, step = v.stride_width * channels * JOINED, tap = v.dilation_width * channels * JOINED;
     const int64_t w_tap = all * JOINED, w_shift = 3 * w_tap, pixel = channels, row = width * channels;
     const __m512 high = _mm512_set1_ps(float(finish.q_max - finish.zero_point));
     const __m512i low = _mm512_set1_epi32(finish.q_min - finish.zero_point), zero_point = _mm512_set1_epi32(finish.zero_point);
+    __m512i ones[OUT];
+    for (int r = 0; r < OUT; ++r) ones[r] = _mm512_set1_epi32(rows_met(0, r));
     for (int64_t c = 0; c < channels; c += CHANNELS) {
       const int64_t count = std::min<int64_t>(CHANNELS, channels - c);
       __m512i start = _mm512_mullo_epi32(_mm512_loadu_si512(weight.totals + c), _mm512_set1_epi32(-zero));
+      __m512i zeros = _mm512_setzero_si512();
+      if (AFFINE) {
+        zeros = _mm512_loadu_si512(weight.zero_points + c);
+        start = _mm512_add_epi32(start, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(int32_t(taps) * zero)));
+      }
       if (finish.bias) start = _mm512_add_epi32(start, _mm512_loadu_si512(finish.bias + c));
       const __m512 m = _mm512_loadu_ps(finish.multiplier + c);
       __m512i w[OUT][3];
@@ -333,6 +340,12 @@ struct Depthwise {
           __m512i sum = start;
 #pragma GCC unroll 3
           for (int j = 0; j < 3; ++j) add_products(sum, q[j], w[r][j]);
+          if (AFFINE) {
+            __m512i met = _mm512_setzero_si512();
+#pragma GCC unroll 3
+            for (int j = 0; j < 3; ++j) add_products(met, q[j], ones[r]);
+            sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, met));
+          }
           const __m512 value = _mm512_min_ps(high, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), m));
           const __m512i codes = _mm512_add_epi32(_mm512_max_epi32(_mm512_cvtps_epi32(value), low), zero_point);
           const __m128i bytes = _mm512_cvtepi32_epi8(codes);
@@ -357,18 +370,14 @@ struct Depthwise {
     return int32_t(ones);
   }
 
-  template <int OUT>
+  template <int OUT, bool AFFINE>
   void lines_of(int64_t line, int32_t zero, const uint8_t* joined) const {
 #if defined(QB_AVX512)
-    const bool by_three = codes && !weight.zero_points && v.kernel_width == 3 && n == 1;
-    if (by_three) lines_by_three<OUT>(line, zero, joined);
-#else
-    constexpr bool by_three = false;
+    if (codes && v.kernel_width == 3 && n == 1)
+      lines_by_three<OUT, AFFINE>(line, zero, joined);
+    else
 #endif
-    if (sizeof(Tap) == 1 && weight.zero_points)
-      lines<OUT, true>(line, zero, joined);
-    else if (!by_three)
-      lines<OUT, false>(line, zero, joined);
+      lines<OUT, AFFINE>(line, zero, joined);
     uint8_t* y = static_cast<uint8_t*>(o.y) + line * v.out_width * channels;
     if (table) replace(y, OUT * v.out_width * channels, table, y);
   }
@@ -390,10 +399,11 @@ int64_t depthwise(const Weight& weight, const Finish& finish, const Window& v, c
     const int32_t zero = rows.zero_points[rows.of(line * v.out_width)];
     std::memset(zeros, zero, v.width * d.channels);
     d.join_rows(sample, y * v.stride_height - v.padding_height, uint8_t(zero), zeros, joined);
-    if (two && y + 1 < v.out_height)
-      d.lines_of<2>(line, zero, joined);
+    const bool both = two && y + 1 < v.out_height;
+    if (sizeof(Tap) == 1 && weight.zero_points)
+      both ? d.lines_of<2, true>(line, zero, joined) : d.lines_of<1, true>(line, zero, joined);
     else
-      d.lines_of<1>(line, zero, joined);
+      both ? d.lines_of<2, false>(line, zero, joined) : d.lines_of<1, false>(line, zero, joined);
   }
   return macs;
 }

@@ -25,9 +25,7 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
       a = rows;
     }
     if (p.weight.zero_points)
-      for (int64_t b = 0; b < p.blocks; ++b)
-        for (int64_t r = 0; r < count; ++r)
-          row_sums[b * count + r] = p.row_sum(a + r * stride + b * p.block_stride(), b);
+      for (int64_t b = 0; b < p.blocks; ++b) p.row_sums(a + b * p.block_stride(), stride, count, b, row_sums + b * count);
     const int64_t bands = (to - from + WIDE - 1) / WIDE;
     for (int64_t band = 0; band < bands; ++band) {
       const int64_t tile = from + (backwards ? bands - 1 - band : band) * WIDE;

@@ -194,12 +194,15 @@ struct Product {
     }
   }
 
-  // Of the codes of one row of a panel's block.
-  int32_t row_sum(const Code* a, int64_t block) const {
-    const int64_t depth = depth_of(block), segment = std::min(depth, weight.segment);
-    int32_t sum = 0;
-    for (int64_t k = 0; k < depth; k += segment, a += room_of(segment)) sum += sum_of(a, segment);
-    return sum;
+  // Of the codes of `count` rows of a panel's block.
+  void row_sums(const Code* a, int64_t stride, int64_t count, int64_t block, int32_t* sums) const {
+    const int64_t depth = depth_of(block), segment = std::min(depth, weight.segment), room = room_of(segment);
+    for (int64_t r = 0; r < count; ++r, a += stride) {
+      int32_t sum = 0;
+      const Code* at = a;
+      for (int64_t k = 0; k < depth; k += segment, at += room) sum += sum_of(at, segment);
+      sums[r] = sum;
+    }
   }
 };
 
