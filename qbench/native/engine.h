@@ -56,6 +56,7 @@ struct Rows {
   const float* scales;  // null: part of the multiplier
   int64_t pixels;       // INT64_MAX: entry 0 holds for all
   int64_t of(int64_t pixel) const { return pixels == INT64_MAX ? 0 : pixels == 1 ? pixel : pixel / pixels; }
+  int64_t left(int64_t pixel) const { return pixels == INT64_MAX ? pixels : (of(pixel) + 1) * pixels - pixel; }  // with its entry
 };
 
 // An LSTM layer in one direction. finish_ih leaves float32 gates, finish_hh adds them to its own. The outputs of both weights

@@ -56,14 +56,6 @@ struct Finisher {
 
   int32_t zero_of(int64_t row) const { return raw ? rows.zero_points[rows.of(row)] : 0; }
 
-  // The exact centred sums of a tile; `row_sum` is that of the row of codes where `raw`, else of centred ones.
-  Ints exact(int n, const int32_t* sums, int32_t row_sum) const {
-    Wrapping v = wrapping_at(sums + n * TILE) + wrapping_at(shift + n * TILE);
-    if (const int32_t* zeros = zero_points())
-      v -= wrapping_at(zeros + n * TILE) * uint32_t(row_sum);
-    return as_ints(v);
-  }
-
   // t [rows][wide * TILE] before the first block.
   void begin(int64_t count, float* t) const {
     for (int64_t r = 0; r < count; ++r, t += wide * TILE)
@@ -76,19 +68,38 @@ struct Finisher {
 
   bool fresh() const { return block_ == 0 && !finish.start && !operands.add; }
 
-  // t += f32(sum) * multiplier, the first block without a start: t = f32(sum) * multiplier.
+  // t += f32(sum) * multiplier, the first block without a start: t = f32(sum) * multiplier. Tile by tile, with what is the
+  // same for rows in registers.
   void add(int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums, float* t) {
-    const float* m = finish.multiplier + block_ * of_block + offset;
+    const bool apart = rows.pixels == 1;
+    for (int64_t r = 0; r < count;) {
+      const int64_t some = apart ? count : std::min(count - r, rows.left(row + r)), from = r * wide * TILE;
+      const int32_t* own = row_sums ? row_sums + r : nullptr;
+      if (!apart) prepare(zero_of(row + r));
+      for (int n = 0; n < wide; ++n)
+        apart ? add_tile<true>(n, row, some, sums, own, t) : add_tile<false>(n, row + r, some, sums + from, own, t + from);
+      r += some;
+    }
+  }
+
+  // APART: each row has a zero point and a scale of its own; else all have one.
+  template <bool APART>
+  void add_tile(int n, int64_t row, int64_t count, const int32_t* sums, const int32_t* row_sums, float* t) const {
+    const int64_t at = block_ * of_block + offset + n * TILE;
+    const int32_t* zero_points = APART && raw ? rows.zero_points + row : nullptr;
+    const float* scales = rows.scales ? rows.scales + (APART ? row : rows.of(row)) : nullptr;
+    const Wrapping zeros = weight.zero_points ? wrapping_at(weight.zero_points + at) : Wrapping{};
+    const Wrapping total = APART ? wrapping_at(weight.totals + at) - zeros * uint32_t(taps) : Wrapping{};
+    const Wrapping bias = finish.bias ? wrapping_at(finish.bias + offset + n * TILE) : Wrapping{};
+    const Wrapping start = APART ? bias : wrapping_at(shift + n * TILE);
+    const Floats multiplier = lanes_at(finish.multiplier + at), scaled = scales ? scales[0] * multiplier : multiplier;
     const bool first = fresh();
-    for (int64_t r = 0; r < count; ++r, sums += wide * TILE, t += wide * TILE) {
-      prepare(zero_of(row + r));
-      const float scale = rows.scales ? rows.scales[rows.of(row + r)] : 0.0f;
-      for (int n = 0; n < wide; ++n) {
-        Floats multiplier = lanes_at(m + n * TILE);
-        if (rows.scales) multiplier = scale * multiplier;
-        const Floats term = to_floats(exact(n, sums, row_sums ? row_sums[r] : 0)) * multiplier;
-        set_lanes(t + n * TILE, first ? term : lanes_at(t + n * TILE) + term);
-      }
+    for (int64_t r = 0, from = n * TILE; r < count; ++r, from += wide * TILE) {
+      Wrapping sum = wrapping_at(sums + from) + start;
+      if (zero_points) sum -= total * uint32_t(zero_points[r]);
+      if (weight.zero_points) sum -= zeros * uint32_t(row_sums[r]);
+      const Floats term = to_floats(as_ints(sum)) * (APART && scales ? scales[r] * multiplier : scaled);
+      set_lanes(t + from, first ? term : lanes_at(t + from) + term);
     }
   }
 
