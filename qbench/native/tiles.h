@@ -152,6 +152,7 @@ void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, in
   for (int r = 0; r < R; ++r) at[r] = rows.row(r);
   int64_t first;
   const auto step = [&](int64_t k, Sums(&to)[R][N]) __attribute__((always_inline)) {
+    if constexpr (R == 1) __builtin_prefetch(w + k * TILE + AHEAD);
     Sums b[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n)
