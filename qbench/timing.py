@@ -120,8 +120,8 @@ def _block(call: Call, timing: Timing, clock: Callable[[], float]) -> list[float
 def _warm_up(call: Call, timing: Timing, clock: Callable[[], float], sleep: Callable[[float], None]) -> bool:
     """Run a contestant alone until it is steady; False when that took too long."""
     medians: list[float] = []
+    sleep(timing.pause_s)  # once: nobody else works in between
     while len(medians) < MOST_WARM_UP:
-        sleep(timing.pause_s)
         medians.append(median(_warm_up_block(call, timing.block_s, clock)))
         if len(medians) >= WINDOW and abs(kendall_tau(medians[-WINDOW:])) < NO_TREND:
             return True
