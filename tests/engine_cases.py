@@ -247,6 +247,10 @@ class Recorder:
         def call(*values: Any) -> Any:
             if function == "qb_pack":
                 self._packings[values[-2]] = Packing(function, values, "qb_packed_size", values[1:6])
+            if function == "qb_pack_winograd":
+                self._packings[values[-2]] = Packing(function, values, "qb_packed_winograd_size", values[2:4])
+            if function == "qb_winograd_pays":  # not the recorded CPU's choice
+                return int(self.network.startswith("filtered"))
             if function == "qb_pack_depthwise":
                 self._packings[values[-2]] = Packing(function, values, "qb_packed_depthwise_size", values[2:5])
             case = None if function.startswith("qb_pack") else self._case  # noted where the weight is met
@@ -307,6 +311,10 @@ class Wide(nn.Module):
         return result
 
 
+def _filtered() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(24, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 33, 3, padding=2))
+
+
 def networks() -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
     yield "every operation", every_operation(), (normal(2, 3, 16, 16),)
     yield "encoder", seeded(Encoder), (torch.arange(26).reshape(2, 13) % 11,)
@@ -317,6 +325,7 @@ def networks() -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
         hidden = torch.where(normal(2, 9, 11, seed=3) > 0.5, -1e4, 0.0)
         yield f"attention {mask}", seeded(lambda m=mask: Attention(m)), (normal(2, 9, 12), normal(2, 11, 12), hidden)
     yield "activated", seeded(Activated), (normal(2, 4, 7, 6),)
+    yield "filtered", seeded(_filtered), (normal(3, 24, 13, 10),)
     yield "transposed", seeded(Transposed), (normal(2, 6, 5, 4),)
     yield "wide", seeded(Wide), (normal(2, 3, 20, 20),)
 

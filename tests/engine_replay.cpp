@@ -252,6 +252,8 @@ Function taking_list(R (*function)(A...)) {
 const std::map<std::string, Function> FUNCTIONS = {
     FUNCTION(qb_packed_size),    FUNCTION(qb_pack),
     FUNCTION(qb_packed_depthwise_size), FUNCTION(qb_pack_depthwise),
+    FUNCTION(qb_packed_winograd_size), FUNCTION(qb_pack_winograd),
+    FUNCTION(qb_winograd),
     FUNCTION(qb_layer),          FUNCTION(qb_depthwise),
     FUNCTION(qb_transposed),     FUNCTION(qb_weight_only),
     FUNCTION(qb_lstm),           FUNCTION(qb_dynamic_lstm),

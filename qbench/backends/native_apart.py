@@ -44,7 +44,7 @@ STRUCTURES: dict[str, tuple[Any, str | None]] = {
     "qb_attention": (Attention, "heads"),
     "qb_dynamic_attention": (Attention, "heads"),
 }
-LAYERS = ("qb_layer", "qb_depthwise", "qb_transposed")
+LAYERS = ("qb_layer", "qb_depthwise", "qb_winograd", "qb_transposed")
 COPY, ATTENTION = "qb_copy", "qb_attention"
 KNOWN = {*EXTENTS, *STRUCTURES, *LAYERS, COPY}
 

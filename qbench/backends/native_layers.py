@@ -52,11 +52,7 @@ def static(kind: str, c: Constants, macs: Macs) -> Kernel:
                 raise ValueError(f"a residual of shape {list(residual.shape)} met a result of {list(y.shape)}")
         operands = Operands(x.data_ptr(), pointer(residual), None, y.data_ptr(), slid.samples)
         macs.int8 += slid.left_out + shape.multiply(
-            byref(slid.weight.structure),
-            byref(finish.structure),
-            byref(slid.window),
-            byref(rows.structure),
-            byref(operands),
+            slid, byref(finish.structure), byref(rows.structure), byref(operands)
         )
         return shape.outward(y)
 
@@ -76,15 +72,21 @@ def dynamic(kind: str, c: Constants, macs: Macs) -> Kernel:
         q, scales, zero_points = rows_as_codes(x, shape.rows(x) if per_row or not len(x) else 1, c["scheme"])
         rows = Rows(zero_points.data_ptr(), scales.data_ptr(), shape.pixels(slid.size) if per_row else FOR_ALL)
         operands = Operands(q.data_ptr(), None, None, y.data_ptr(), slid.samples)
-        macs.int8 += slid.left_out + shape.multiply(
-            byref(slid.weight.structure), byref(finish.structure), byref(slid.window), byref(rows), byref(operands)
-        )
+        macs.int8 += slid.left_out + shape.multiply(slid, byref(finish.structure), byref(rows), byref(operands))
         return shape.outward(y)
 
     return run
 
 
-class _FloatDepthwise(Images):
+class _FloatImages(Images):
+    """A convolution of float32."""
+
+    def filters(self, window: Any) -> bool:
+        """Never: minimal filtering is exact for integers alone."""
+        return False
+
+
+class _FloatDepthwise(_FloatImages):
     """A convolution of float32 with one input channel for each output channel."""
 
     def __init__(self, c: Constants) -> None:
@@ -110,7 +112,7 @@ def weight_only(kind: str, c: Constants, macs: Macs) -> Kernel:
     """Float32 in and out; the engine reads the weight back piece by piece, no float copy of it is made."""
     outputs, inputs = c["weight"].shape[:2]
     depthwise = kind == "conv" and inputs == 1 and 1 < outputs == c["groups"]
-    shape: Shape = _FloatDepthwise(c) if depthwise else SHAPES[kind](c)
+    shape: Shape = _FloatDepthwise(c) if depthwise else {**SHAPES, "conv": _FloatImages}[kind](c)
     scales = tiled(spread_out(c["weight_scale"], outputs), shape.groups)
     finish = finish_floats(None, c["bias"], outputs, shape.groups)
 

@@ -78,6 +78,18 @@ def packed_depthwise(weight: Tensor, zero_points: Tensor | None) -> Held:
     return Held(structure, values, totals, tiles)
 
 
+def packed_winograd(weight: Tensor, zero_points: Tensor | None) -> Held:
+    """A qb::Weight for qb_winograd of int8 [outputs, inputs, 3, 3]."""
+    outputs, inputs = weight.shape[:2]
+    weight = weight.permute(0, 2, 3, 1).contiguous()
+    values = torch.empty(library().qb_packed_winograd_size(outputs, inputs), dtype=torch.int8)
+    totals = torch.empty(math.ceil(outputs / TILE) * TILE, dtype=torch.int32)
+    tiles = None if zero_points is None else tiled(spread_out(zero_points, outputs).int(), 1)
+    library().qb_pack_winograd(weight.data_ptr(), pointer(tiles), outputs, inputs, values.data_ptr(), totals.data_ptr())
+    structure = Weight(values.data_ptr(), totals.data_ptr(), None, 1, outputs, 9 * inputs, 9 * inputs, 9 * inputs)
+    return Held(structure, values, totals)
+
+
 def by_blocks(weight: Tensor, block: int) -> Tensor:
     """[outputs, inputs, kh, kw] as [outputs, products] in the order block, kernel row, kernel column, input."""
     last = weight.permute(0, 2, 3, 1)

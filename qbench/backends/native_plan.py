@@ -31,6 +31,7 @@ NOTHING, INT8_PRODUCTS, FLOAT32_PRODUCTS, FAILURE = range(4)  # qb::Counting
 COUNTINGS = {
     "qb_layer": INT8_PRODUCTS,
     "qb_depthwise": INT8_PRODUCTS,
+    "qb_winograd": INT8_PRODUCTS,
     "qb_transposed": INT8_PRODUCTS,
     "qb_lstm": INT8_PRODUCTS,
     "qb_dynamic_lstm": INT8_PRODUCTS,

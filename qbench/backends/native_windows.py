@@ -6,6 +6,7 @@ meet nothing but padding, many on an image of few pixels, are left out. A weight
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench.backends.native_operands import Constants, Held, by_blocks, packed, packed_depthwise
+from qbench.backends.native_operands import Constants, Held, by_blocks, packed, packed_depthwise, packed_winograd
 from qbench.backends.native_writer import plain_torch
 from qbench.native.library import Weight, Window, byref, library
 
+WINOGRAD = "qb_winograd"
 Taps = tuple[range, range]  # rows and columns of a kernel
 
 
@@ -25,7 +27,7 @@ Taps = tuple[range, range]  # rows and columns of a kernel
 class Slid:
     """How a layer meets an input: `size` is the shape of the result as the engine writes it.
 
-    `left_out` counts the products with padding that are not computed.
+    `left_out` counts the products with padding that are not computed; `by` names the engine's function.
     """
 
     weight: Held
@@ -33,6 +35,12 @@ class Slid:
     size: tuple[int, ...]
     samples: int
     left_out: int = 0
+    by: str = "qb_layer"
+
+    def multiply(self, finish: Any, rows: Any, operands: Any, *sizes: int) -> int:
+        """The engine's products; returns how many."""
+        engine = getattr(library(), self.by)
+        return int(engine(byref(self.weight.structure), finish, byref(self.window), rows, operands, *sizes))
 
 
 class RowsOfInputs:
@@ -45,9 +53,9 @@ class RowsOfInputs:
         self.weight = packed(weight, c["weight_zero_point"], 1, c["block"])
         self.window = Window(1, 1, self.inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, c["block"])
 
-    def multiply(self, *arguments: Any) -> int:
+    def multiply(self, slid: Slid, finish: Any, rows: Any, operands: Any) -> int:
         """The engine's products; returns how many."""
-        return int(library().qb_layer(*arguments))
+        return slid.multiply(finish, rows, operands)
 
     def multiply_floats(self, weight: Held, *arguments: Any) -> int:
         """As multiply, of float32: weight, scales, finish, window, operands."""
@@ -110,9 +118,9 @@ class Images:
         depth = self.block * len(rows) * len(columns)
         return packed(by_blocks(weight, self.block), self.zero_points, self.groups, depth, segment)
 
-    def multiply(self, *arguments: Any) -> int:
+    def multiply(self, slid: Slid, finish: Any, rows: Any, operands: Any) -> int:
         """The engine's products; returns how many."""
-        return int((library().qb_depthwise if self.depthwise else library().qb_layer)(*arguments))
+        return slid.multiply(finish, rows, operands)
 
     def multiply_floats(self, weight: Held, *arguments: Any) -> int:
         """As multiply, of float32: weight, scales, finish, window, operands."""
@@ -132,7 +140,37 @@ class Images:
         size = n, window.out_height, window.out_width, self.outputs
         per_tap = math.prod(size) * self.weight.shape[1]
         left_out = per_tap * (math.prod(self.kernel) - len(rows) * len(columns))
-        return Slid(self.held((rows, columns), self.pack), window, size, n, left_out)
+        if self.filters(window):
+            return Slid(self.held(WINOGRAD, self.pack_filters), window, size, n, by=WINOGRAD)
+        by = "qb_depthwise" if self.depthwise else "qb_layer"
+        return Slid(self.held((rows, columns), self.pack), window, size, n, left_out, by)
+
+    def filters(self, window: Any) -> bool:
+        """Is the layer computed by Winograd's minimal filtering?"""
+        pays = library().qb_winograd_pays
+        return self.can_filter(window) and bool(pays(self.outputs, byref(window))) and self.sums_fit
+
+    def can_filter(self, window: Any) -> bool:
+        """Is the layer of the kind that qb_winograd computes?"""
+        axes = [
+            (getattr(window, f"kernel_{axis}"), getattr(window, f"stride_{axis}"), getattr(window, f"dilation_{axis}"))
+            for axis in ("height", "width")
+        ]
+        return axes == [(3, 1, 1)] * 2 and self.groups == 1 and not self.depthwise and self.block >= self.inputs
+
+    @functools.cached_property
+    def sums_fit(self) -> bool:
+        """Are all sums that the weight can lead to exact by minimal filtering? See qb_winograd."""
+        with plain_torch():
+            weight = self.weight.flatten(1).int()
+            if self.zero_points is not None:
+                weight = weight - self.zero_points.int()
+            most = max(weight.clamp(min=0).sum(1).max(), -weight.clamp(max=0).sum(1).min())
+        return 255 * int(most) < 2**25
+
+    def pack_filters(self, _: str) -> Held:
+        """The weight as minimal filtering takes it."""
+        return packed_winograd(self.weight, self.zero_points)
 
     def held(self, key: Any, pack: Any) -> Held:
         """What `pack` makes of a key, made once; also within a run that is only written down."""
@@ -196,9 +234,9 @@ class Transposed(Images):
         tensors = [tensor for held in each for tensor in held.tensors]
         return Held((Weight * len(each))(*(held.structure for held in each))[0], *tensors)
 
-    def multiply(self, *arguments: Any) -> int:
+    def multiply(self, slid: Slid, finish: Any, rows: Any, operands: Any) -> int:
         """The engine's products; returns how many."""
-        return int(library().qb_transposed(*arguments, len(self.phases), math.prod(self.kernel)))
+        return slid.multiply(finish, rows, operands, len(self.phases), math.prod(self.kernel))
 
     def multiply_floats(self, weight: Held, *arguments: Any) -> int:
         """As multiply, of float32: weights, scales, finish, windows, operands."""
@@ -230,7 +268,7 @@ class Transposed(Images):
             windows = [self.phase_window(phase, (h, w), out) for phase in self.phases]
             self.phase_windows[h, w] = (Window * len(windows))(*windows)[0]
         weights = self.held(tuple(self.phases), self.pack_phases)
-        return Slid(weights, self.phase_windows[h, w], (n, *out, self.outputs), n)
+        return Slid(weights, self.phase_windows[h, w], (n, *out, self.outputs), n, by="qb_transposed")
 
     def phase_window(self, phase: tuple[int, ...], size: tuple[int, int], out: list[int]) -> Window:
         """An ordinary convolution of stride 1 from x to every stride-th pixel of the result."""

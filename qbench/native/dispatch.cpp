@@ -106,6 +106,20 @@ int64_t qb_depthwise(const Weight* weight, const Finish* finish, const Window* w
   return Call()->depthwise(*weight, *finish, *window, *rows, *operands);
 }
 
+int32_t qb_winograd_pays(int64_t outputs, const Window* window) { return Call()->winograd_pays(outputs, *window); }
+
+int64_t qb_packed_winograd_size(int64_t outputs, int64_t inputs) { return Call()->packed_winograd_size(outputs, inputs); }
+
+void qb_pack_winograd(const int8_t* weight, const int32_t* zero_points, int64_t outputs, int64_t inputs, int8_t* packed,
+                      int32_t* totals) {
+  Call()->pack_winograd(weight, zero_points, outputs, inputs, packed, totals);
+}
+
+int64_t qb_winograd(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
+                    const Operands* operands) {
+  return Call()->winograd(*weight, *finish, *window, *rows, *operands);
+}
+
 int64_t qb_transposed(const Weight* weight, const Finish* finish, const Window* window, const Rows* rows,
                       const Operands* operands, int64_t phases, int64_t taps) {
   return Call()->transposed(weight, *finish, window, *rows, *operands, phases, taps);

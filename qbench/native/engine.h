@@ -153,6 +153,17 @@ void qb_pack_depthwise(const int8_t* weight, const int32_t* zero_points, int64_t
                        int8_t* packed, int32_t* totals);
 int64_t qb_packed_depthwise_size(int64_t channels, int64_t height, int64_t width);
 
+// 3 x 3 taps of stride and dilation 1, one group and one block, by Winograd's minimal filtering: the same sums with fewer
+// products, where 255 times what the taps of an output add up to is below 2^25, above and below 0 alike. Packed by
+// qb_pack_winograd from [outputs][3][3][inputs] and the zero points of the outputs (null: all 0), which the packed weight has
+// no more. Returns the multiply-accumulates of the convolution.
+int64_t qb_winograd(const qb::Weight*, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*);
+void qb_pack_winograd(const int8_t* weight, const int32_t* zero_points, int64_t outputs, int64_t inputs, int8_t* packed,
+                      int32_t* totals);
+int64_t qb_packed_winograd_size(int64_t outputs, int64_t inputs);
+// Not 0 where it is faster than qb_layer on the path that runs.
+int32_t qb_winograd_pays(int64_t outputs, const qb::Window*);
+
 // A transposed convolution as `phases` ordinary ones: those output pixels that the same taps reach, one weight and window
 // each (dilation may be negative). Returns the products of every input pixel with every tap: `taps` of them an output.
 int64_t qb_transposed(const qb::Weight*, const qb::Finish*, const qb::Window*, const qb::Rows*, const qb::Operands*,

@@ -21,6 +21,10 @@ struct Kernels {
   int64_t (*packed_depthwise_size)(int64_t, int64_t, int64_t);
   void (*pack_depthwise)(const int8_t*, const int32_t*, int64_t, int64_t, int64_t, int8_t*, int32_t*);
   int64_t (*depthwise)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&);
+  bool (*winograd_pays)(int64_t, const Window&);
+  int64_t (*packed_winograd_size)(int64_t, int64_t);
+  void (*pack_winograd)(const int8_t*, const int32_t*, int64_t, int64_t, int8_t*, int32_t*);
+  int64_t (*winograd)(const Weight&, const Finish&, const Window&, const Rows&, const Operands&);
   int64_t (*transposed)(const Weight*, const Finish&, const Window*, const Rows&, const Operands&, int64_t, int64_t);
   int64_t (*weight_only)(const Weight&, const float*, const Finish&, const Window&, const Operands&);
   int64_t (*weight_only_transposed)(const Weight*, const float*, const Finish&, const Window*, const Operands&, int64_t,

@@ -139,6 +139,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qb_packed_depthwise_size": (c_int64, [c_int64] * 3),
     "qb_pack_depthwise": (None, [c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_void_p]),
     "qb_depthwise": (c_int64, _LAYER),
+    "qb_winograd_pays": (c_int32, [c_int64, POINTER(Window)]),
+    "qb_packed_winograd_size": (c_int64, [c_int64] * 2),
+    "qb_pack_winograd": (None, [c_void_p, c_void_p, *[c_int64] * 2, c_void_p, c_void_p]),
+    "qb_winograd": (c_int64, _LAYER),
     "qb_transposed": (c_int64, [*_LAYER, c_int64, c_int64]),
     "qb_weight_only": (
         c_int64,

@@ -45,7 +45,7 @@ struct Named {
 
 #define QB_CALLER(name) {#name, caller<name>}
 constexpr Named CALLERS[] = {
-    QB_CALLER(qb_layer),         QB_CALLER(qb_depthwise),     QB_CALLER(qb_transposed),
+    QB_CALLER(qb_layer),         QB_CALLER(qb_depthwise),     QB_CALLER(qb_winograd),      QB_CALLER(qb_transposed),
     QB_CALLER(qb_weight_only),   QB_CALLER(qb_lstm),          QB_CALLER(qb_dynamic_lstm),
     QB_CALLER(qb_weight_only_lstm), QB_CALLER(qb_attention),  QB_CALLER(qb_probabilities),
     QB_CALLER(qb_weighted_values), QB_CALLER(qb_layer_norm),  QB_CALLER(qb_quantize),

@@ -6,6 +6,8 @@
 //   ROWS      rows multiplied at once
 //   WIDE      tiles multiplied at once
 //   multiply  sums[r][tile * TILE + j] (+)= row r times output j of each tile, over `depth` products; `add` keeps what is there
+//
+// Weights are int8, or int16 times rows of int16 (`W`): as sums wrap, both are exact where the whole sum is an int32.
 
 namespace {
 
@@ -46,15 +48,20 @@ struct RowsAt {  // of a panel: at one distance from each other, or where `place
   RowsAt from(int64_t r) const { return places ? RowsAt{first, stride, places + r} : RowsAt{first + r * stride, stride, nullptr}; }
 };
 
+constexpr int64_t CODES_A_WORD = 2 / int64_t(sizeof(Code));  // rows of int16 are counted and pointed to as codes
+template <class W>
+constexpr int64_t BYTES_A_CODE = CENTRED ? int64_t(sizeof(W)) : 1;  // of a packed weight, for each code of a row
+
 inline int64_t chunk_of(int64_t depth) {
   const int64_t chunks = (depth + CHUNK - 1) / CHUNK;
   return chunks < 2 ? depth : rounded_up((depth + chunks - 1) / chunks, GROUP);
 }
 
 #if !defined(QB_AVX2)
-template <int R, int C>
-void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, int64_t, bool add,
+template <int R, int C, class W>
+void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* packed, int64_t, bool add,
                    int32_t* sums) {
+  const W* w = reinterpret_cast<const W*>(packed);
   uint32_t c[R][TILE] = {};  // sums without the correction for zero points may wrap; with it they are exact
   if (add) std::memcpy(c, sums, sizeof c);
   for (int64_t p = 0; p < pieces.count; ++p) {
@@ -63,15 +70,21 @@ void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, in
 #pragma GCC unroll 6  // g++ 12 makes vectors of the rows otherwise, and reads twice as many as there are
       for (int r = 0; r < R; ++r) {
         const int32_t first = a[r * rows.stride], second = a[r * rows.stride + 1];
-        for (int j = 0; j < TILE; ++j) c[r][j] += uint32_t(first * w[2 * j] + second * w[2 * j + 1]);
+        for (int j = 0; j < TILE; ++j) c[r][j] += uint32_t(first * w[2 * j]) + uint32_t(second * w[2 * j + 1]);
       }
   }
   std::memcpy(sums, c, sizeof c);
 }
 #elif !defined(QB_VNNI)
-template <int R, int C>
-void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, int64_t, bool add,
+inline __m256i eight_pairs(const int8_t* w) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+}
+inline __m256i eight_pairs(const int16_t* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
+
+template <int R, int C, class W>
+void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* packed, int64_t, bool add,
                    int32_t* sums) {
+  const W* w = reinterpret_cast<const W*>(packed);
   __m256i c[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
@@ -81,8 +94,7 @@ void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, in
   for (int64_t p = 0; p < pieces.count; ++p) {
     const Code* a = rows.first + pieces.offsets[p];
     for (int64_t k = 0; k < pieces.depth; k += 2, w += 2 * TILE, a += 2) {
-      const __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-      const __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + TILE)));
+      const __m256i w0 = eight_pairs(w), w1 = eight_pairs(w + TILE);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         int32_t pair;
@@ -102,6 +114,7 @@ void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, in
 #if defined(QB_AVX512)
 using Sums = __m512i;
 #define QB_VPDPBUSD "vpdpbusd %2, %1, %0"
+#define QB_VPDPWSSD "vpdpwssd %2, %1, %0"
 inline Sums zeros() { return _mm512_setzero_si512(); }
 inline Sums load(const void* p) { return _mm512_loadu_si512(p); }
 inline void store(void* p, Sums v) { _mm512_storeu_si512(p, v); }
@@ -109,6 +122,7 @@ inline Sums everywhere(int32_t v) { return _mm512_set1_epi32(v); }
 #else
 using Sums = __m256i;
 #define QB_VPDPBUSD "%{vex%} vpdpbusd %2, %1, %0"
+#define QB_VPDPWSSD "%{vex%} vpdpwssd %2, %1, %0"
 inline Sums zeros() { return _mm256_setzero_si256(); }
 inline Sums load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, Sums v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -117,8 +131,12 @@ inline Sums everywhere(int32_t v) { return _mm256_set1_epi32(v); }
 constexpr int LANES_OF_SUMS = int(sizeof(Sums) / 4), REGISTERS = TILE / LANES_OF_SUMS;
 
 // By hand: g++ 12 moves the sums of _mm512_dpbusd_epi32 to the stack and back.
+template <class W = int8_t>
 inline void add_products(Sums& sums, Sums codes, Sums weights) {
-  asm(QB_VPDPBUSD : "+v"(sums) : "v"(codes), "v"(weights));
+  if constexpr (sizeof(W) == 1)
+    asm(QB_VPDPBUSD : "+v"(sums) : "v"(codes), "v"(weights));
+  else
+    asm(QB_VPDPWSSD : "+v"(sums) : "v"(codes), "v"(weights));
 }
 
 // Four codes from x + k on in all lanes. By hand, as a compiler would move a pointer for each row along, not one index.
@@ -128,12 +146,12 @@ inline Sums four_everywhere(const Code* x, int64_t k) {
   return v;
 }
 
-template <int R, int C>
+template <int R, int C, class W>
 void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, int64_t tile_stride, bool add,
                    int32_t* sums) {
   if constexpr (R == 1 && C > 1) {  // the weight goes by at the speed of the caches: as one stream
     for (int n = 0; n < C; ++n)
-      multiply_rows<1, 1>(rows, pieces, w + n * tile_stride, tile_stride, add, sums + n * TILE);
+      multiply_rows<1, 1, W>(rows, pieces, w + n * tile_stride, tile_stride, add, sums + n * TILE);
     return;
   }
   constexpr int N = C * REGISTERS;
@@ -161,7 +179,7 @@ void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, in
     for (int r = 0; r < R; ++r) {
       const Sums x = four_everywhere(at[r], first + k);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) add_products(to[r][n], x, b[n]);
+      for (int n = 0; n < N; ++n) add_products<W>(to[r][n], x, b[n]);
     }
   };
   for (int64_t p = 0; p < pieces.count; ++p, w += pieces.depth * TILE) {
@@ -191,20 +209,25 @@ void multiply_rows(const RowsAt& rows, const Pieces& pieces, const int8_t* w, in
 
 using MultiplyRows = void (*)(const RowsAt&, const Pieces&, const int8_t*, int64_t, bool, int32_t*);
 #define QB_BY_ROWS(C) \
-  {multiply_rows<1, C>, multiply_rows<2, C>, multiply_rows<3, C>, multiply_rows<4, C>, multiply_rows<5, C>, multiply_rows<6, C>}
+  {multiply_rows<1, C, W>, multiply_rows<2, C, W>, multiply_rows<3, C, W>, \
+   multiply_rows<4, C, W>, multiply_rows<5, C, W>, multiply_rows<6, C, W>}
+template <class W>
+constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {
+    QB_BY_ROWS(1),
 #if defined(QB_AVX512)
-constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1), QB_BY_ROWS(2), QB_BY_ROWS(3), QB_BY_ROWS(4)};
-#else
-constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {QB_BY_ROWS(1)};
+    QB_BY_ROWS(2), QB_BY_ROWS(3), QB_BY_ROWS(4),
 #endif
+};
+#undef QB_BY_ROWS
 
 // As `multiply`, of rows in pieces, in turns of about as many rows each.
+template <class W = int8_t>
 inline void multiply_by_rows(int64_t rows, int wide, const RowsAt& a, const Pieces& pieces, const int8_t* w,
                              int64_t tile_stride, bool add, int32_t* sums) {
   const int64_t turns = (rows + ROWS - 1) / ROWS;
   for (int64_t turn = 0; turn < turns; ++turn) {
     const int64_t r = turn * rows / turns, height = (turn + 1) * rows / turns - r;
-    MULTIPLY_ROWS[wide - 1][height - 1](a.from(r), pieces, w, tile_stride, add, sums + r * wide * TILE);
+    MULTIPLY_ROWS<W>[wide - 1][height - 1](a.from(r), pieces, w, tile_stride, add, sums + r * wide * TILE);
   }
 }
 
@@ -285,11 +308,12 @@ inline void multiply_pieces(int64_t rows, int wide, const RowsAt& a, const Piece
 
 // sums [rows][wide * TILE], any number of rows; `depth` is a multiple of GROUP or the rest of a weight's block. Rows of `a`
 // are read, and sums written, up to a multiple of WHOLE. Within the life of a TileRegisters.
+template <class W = int8_t>
 inline void multiply(int64_t rows, int wide, const RowsAt& a, const int8_t* w, int64_t tile_stride, int64_t depth,
                      int32_t* sums) {
   if (!depth) std::memset(sums, 0, rows * wide * TILE * sizeof(int32_t));
 #if defined(QB_AMX)
-  if (rows >= WORTH_TILES) {
+  if (sizeof(W) == 1 && rows >= WORTH_TILES) {
     const int64_t chunk = chunk_of(depth);
     for (int64_t r = 0; r < rows; r += 64)
       for (int64_t first = 0; first < depth; first += chunk) {
@@ -303,8 +327,8 @@ inline void multiply(int64_t rows, int wide, const RowsAt& a, const int8_t* w, i
 #endif
   const int64_t chunk = chunk_of(depth);
   for (int64_t first = 0; first < depth; first += chunk)
-    multiply_by_rows(rows, wide, a, {&first, 1, std::min(chunk, depth - first)}, w + first * TILE, tile_stride,
-                     first > 0, sums);
+    multiply_by_rows<W>(rows, wide, a, {&first, 1, std::min(chunk, depth - first)}, w + first * TILE * BYTES_A_CODE<W>,
+                        tile_stride, first > 0, sums);
 }
 
 // `rounds` times as many products as fit into the registers of a tile, nothing read: returns how many, 0 for none.
