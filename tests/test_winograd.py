@@ -1,4 +1,4 @@
-"""Convolutions by Winograd's minimal filtering: the reference's bytes on each instruction set, and which layers take it."""
+"""Convolutions by Winograd's minimal filtering: the reference's bytes on each instruction set; which layers take it."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def functions(model: nn.Module, x: Tensor, recipe: Recipe) -> list[str]:
 
 @pytest.mark.parametrize("path", sources.PATHS)
 def test_which_layers_are_filtered(path: str) -> None:
-    """3 x 3 taps of stride 1, channels and tiles enough, sums that fit; integers alone; not where there are tiles of bytes."""
+    """3 x 3 taps of stride 1, channels and tiles enough, sums that fit; integers alone; not where AMX multiplies."""
     if path not in engines():
         pytest.skip(f"this CPU does not run {path}")
 
