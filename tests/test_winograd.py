@@ -87,6 +87,11 @@ def test_a_residual_and_threads(threads: int) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.usefixtures("always")
+def test_more_channels_than_are_multiplied_at_once() -> None:
+    assert_same(seeded(lambda: nn.Conv2d(1100, 17, 3, padding=1)), (normal(2, 1100, 5, 6),), Recipe("ptsq"))
+
+
 def layer(weight: np.ndarray, zero_point: int | None, x: np.ndarray, x_zero_point: int) -> dict[str, Tensor]:
     """What each path makes of a layer's accumulators, as float32; and the reference, by the name `reference`."""
     outputs, inputs = weight.shape[:2]

@@ -10,8 +10,8 @@ namespace {
 
 struct Winograd {
   static constexpr int64_t SIDE = 4, MET = 6, POINTS = MET * MET;  // outputs and inputs of a tile along an axis
-  static constexpr int64_t TOGETHER = 3;                           // tiles that are finished at once
-  static constexpr int64_t MOST = 6 * ROWS, POINT = MOST * WIDE * TILE + 16;  // tiles multiplied at once, and sums of one point
+  static constexpr int64_t MOST = 6 * ROWS, TOGETHER = 3;          // tiles that are multiplied, and finished, at once
+  static constexpr int64_t POINT = MOST * WIDE * TILE + 16;        // sums of a point
   static constexpr uint32_t NINTH = 954437177;                     // modulo 2^32
 
 #if defined(QB_AVX512)
