@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qbench import compiled, latency
 from qbench.contest import LatencyComparison as LatencyComparison
 from qbench.contest import compare_latency as compare_latency  # the public name's home is here
-from qbench.memory import memory_of
+from qbench.memory import keep_freed_memory, memory_of
 from qbench.timing import Timing, time_blocks
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def _check(name: str, value: Any) -> None:
 
 def time_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """One group of cells after the other in this process: `groups` has its arguments for each call of `time_cells`."""
+    keep_freed_memory()
     return {"groups": [time_cells(**group) for group in groups]}
 
 
@@ -187,6 +188,7 @@ def time_contest(
     from qbench.metrics import sqnr_db
     from qbench.recipe import option
 
+    keep_freed_memory()
     settings = Measure.of(measure)
     torch.set_num_threads(threads := settings.threads_of(batch))
     inputs = evaluate.example_batch(task_config, prepared, batch)

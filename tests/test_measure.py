@@ -341,6 +341,25 @@ def test_memory_sees_what_is_allocated_and_not_what_was_before(mib: int) -> None
     assert found == pytest.approx(mib << 20, rel=0.02, abs=1 << 20)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no Linux /proc")
+def test_kept_memory_is_not_faulted_in_again() -> None:
+    code = (
+        "import json, resource\n"
+        "from qbench.memory import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    del_me = bytearray(b'x') * (40 << 20)\n"
+        "    del del_me\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "given_back = [faults() for _ in range(3)]\n"
+        "keep_freed_memory()\n"
+        "print(json.dumps([min(given_back), [faults() for _ in range(3)][-1]]))"
+    )
+    given_back, kept = run_python(code)
+    assert given_back > 10
+    assert kept < given_back / 2
+
+
 def test_memory_is_absent_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("qbench.memory.CLEAR_REFS", tmp_path / "missing" / "clear_refs")
     assert memory_of(lambda: lambda x: x, (1,)) is None
