@@ -50,9 +50,9 @@ def memory_of(load: Callable[[], Callable[..., Any]], inputs: Sequence[Any]) -> 
 def keep_freed_memory() -> None:
     """Have glibc keep what this process frees (no other allocator).
 
-    By default it may give the results of a call back to the system, which then clears the same pages for the next call:
-    in some processes and not in others, as freed pieces happen to lie. Eager fp32 took 2.9 or 4.4 to 6.5 ms so (`gan`,
-    batch 16), 360 or 450 ms (`resnet18` of torchvision, batch 16), measured; no memory is given back in the shorter time.
+    By default it may give the results of a call back to the system, which then clears the same pages for the next one:
+    in some processes and not in others, as freed pieces happen to lie. So eager fp32 took 4.4 to 6.5 ms or, where
+    nothing was given back, 2.9 (`gan`, batch 16), and 450 or 360 ms (`resnet18` of torchvision, batch 16), measured.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
