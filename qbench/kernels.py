@@ -161,7 +161,7 @@ def _engine_calls(
         arguments, options = pytree.tree_unflatten(again, structure)
         return pytree.tree_leaves(target(*arguments, **options))
 
-    inputs = [leaves[index].permute(0, 2, 3, 1) if index in images else leaves[index] for index in places]
+    inputs = [leaves[i].permute(0, 2, 3, 1) if i in images else leaves[i].contiguous() for i in places]
     try:
         recording = Recording(run, inputs, Macs())
     except CannotPlanError:
