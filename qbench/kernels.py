@@ -1,9 +1,9 @@
 """`python -m qbench.kernels TASK`: how fast the native engine's kernels are on a task's layers.
 
 Each operation of the quantized program runs alone on the inputs that it has there, called as in a program, without
-Python in between. GMAC/s stands beside the share of what this core multiplies at most, measured in the same run: products
-with padding count where they are left out too, and all of a convolution's where minimal filtering takes a quarter of
-them, so that it may exceed the most.
+Python in between. GMAC/s stands beside the share of what this core multiplies at most, measured in the same run:
+products with padding count where they are left out too, and all of a convolution's where minimal filtering takes a
+quarter of them, so that it may exceed the most.
 """
 
 from __future__ import annotations
