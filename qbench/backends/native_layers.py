@@ -51,9 +51,7 @@ def static(kind: str, c: Constants, macs: Macs) -> Kernel:
             if residual.shape != y.shape:
                 raise ValueError(f"a residual of shape {list(residual.shape)} met a result of {list(y.shape)}")
         operands = Operands(x.data_ptr(), pointer(residual), None, y.data_ptr(), slid.samples)
-        macs.int8 += slid.left_out + shape.multiply(
-            slid, byref(finish.structure), byref(rows.structure), byref(operands)
-        )
+        macs.int8 += slid.left_out + slid.multiply(byref(finish.structure), byref(rows.structure), byref(operands))
         return shape.outward(y)
 
     return run
@@ -72,7 +70,7 @@ def dynamic(kind: str, c: Constants, macs: Macs) -> Kernel:
         q, scales, zero_points = rows_as_codes(x, shape.rows(x) if per_row or not len(x) else 1, c["scheme"])
         rows = Rows(zero_points.data_ptr(), scales.data_ptr(), shape.pixels(slid.size) if per_row else FOR_ALL)
         operands = Operands(q.data_ptr(), None, None, y.data_ptr(), slid.samples)
-        macs.int8 += slid.left_out + shape.multiply(slid, byref(finish.structure), byref(rows), byref(operands))
+        macs.int8 += slid.left_out + slid.multiply(byref(finish.structure), byref(rows), byref(operands))
         return shape.outward(y)
 
     return run

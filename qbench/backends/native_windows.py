@@ -27,7 +27,8 @@ Taps = tuple[range, range]  # rows and columns of a kernel
 class Slid:
     """How a layer meets an input: `size` is the shape of the result as the engine writes it.
 
-    `left_out` counts the products with padding that are not computed; `by` names the engine's function.
+    `left_out` counts the products with padding that are not computed; `by` names the engine's function, `sizes` are
+    what it takes beside the operands.
     """
 
     weight: Held
@@ -36,11 +37,12 @@ class Slid:
     samples: int
     left_out: int = 0
     by: str = "qb_layer"
+    sizes: tuple[int, ...] = ()
 
-    def multiply(self, finish: Any, rows: Any, operands: Any, *sizes: int) -> int:
+    def multiply(self, finish: Any, rows: Any, operands: Any) -> int:
         """The engine's products; returns how many."""
         engine = getattr(library(), self.by)
-        return int(engine(byref(self.weight.structure), finish, byref(self.window), rows, operands, *sizes))
+        return int(engine(byref(self.weight.structure), finish, byref(self.window), rows, operands, *self.sizes))
 
 
 class RowsOfInputs:
@@ -53,12 +55,8 @@ class RowsOfInputs:
         self.weight = packed(weight, c["weight_zero_point"], 1, c["block"])
         self.window = Window(1, 1, self.inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, c["block"])
 
-    def multiply(self, slid: Slid, finish: Any, rows: Any, operands: Any) -> int:
-        """The engine's products; returns how many."""
-        return slid.multiply(finish, rows, operands)
-
     def multiply_floats(self, weight: Held, *arguments: Any) -> int:
-        """As multiply, of float32: weight, scales, finish, window, operands."""
+        """The engine's products of float32: weight, scales, finish, window, operands; returns how many."""
         return int(library().qb_weight_only(byref(weight.structure), *arguments))
 
     def inward(self, x: Tensor) -> Tensor:
@@ -118,12 +116,8 @@ class Images:
         depth = self.block * len(rows) * len(columns)
         return packed(by_blocks(weight, self.block), self.zero_points, self.groups, depth, segment)
 
-    def multiply(self, slid: Slid, finish: Any, rows: Any, operands: Any) -> int:
-        """The engine's products; returns how many."""
-        return slid.multiply(finish, rows, operands)
-
     def multiply_floats(self, weight: Held, *arguments: Any) -> int:
-        """As multiply, of float32: weight, scales, finish, window, operands."""
+        """The engine's products of float32: weight, scales, finish, window, operands; returns how many."""
         return int(library().qb_weight_only(byref(weight.structure), *arguments))
 
     def inward(self, x: Tensor) -> Tensor:
@@ -224,6 +218,7 @@ class Transposed(Images):
         self.phase_windows: dict[tuple[int, int], Any] = {}
         # Output pixels with the same y % stride and x % stride meet the same taps.
         self.phases = list(itertools.product(*(range(s) for s in self.stride)))
+        self.sizes = len(self.phases), math.prod(self.kernel)  # phases and taps, as the engine takes them
 
     def pack_phases(self, phases: tuple[tuple[int, ...], ...]) -> Held:
         """A weight for each phase, side by side."""
@@ -234,14 +229,9 @@ class Transposed(Images):
         tensors = [tensor for held in each for tensor in held.tensors]
         return Held((Weight * len(each))(*(held.structure for held in each))[0], *tensors)
 
-    def multiply(self, slid: Slid, finish: Any, rows: Any, operands: Any) -> int:
-        """The engine's products; returns how many."""
-        return slid.multiply(finish, rows, operands, len(self.phases), math.prod(self.kernel))
-
     def multiply_floats(self, weight: Held, *arguments: Any) -> int:
-        """As multiply, of float32: weights, scales, finish, windows, operands."""
-        sizes = len(self.phases), math.prod(self.kernel)
-        return int(library().qb_weight_only_transposed(byref(weight.structure), *arguments, *sizes))
+        """As a convolution's, of all phases."""
+        return int(library().qb_weight_only_transposed(byref(weight.structure), *arguments, *self.sizes))
 
     def taps(self, phase: tuple[int, ...]) -> list[range]:
         """The taps that reach the pixels of a phase, along each axis."""
@@ -268,7 +258,7 @@ class Transposed(Images):
             windows = [self.phase_window(phase, (h, w), out) for phase in self.phases]
             self.phase_windows[h, w] = (Window * len(windows))(*windows)[0]
         weights = self.held(tuple(self.phases), self.pack_phases)
-        return Slid(weights, self.phase_windows[h, w], (n, *out, self.outputs), n, by="qb_transposed")
+        return Slid(weights, self.phase_windows[h, w], (n, *out, self.outputs), n, by="qb_transposed", sizes=self.sizes)
 
     def phase_window(self, phase: tuple[int, ...], size: tuple[int, int], out: list[int]) -> Window:
         """An ordinary convolution of stride 1 from x to every stride-th pixel of the result."""
