@@ -13,19 +13,10 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
   if (!places || !row_sums || !sums || !t) return;
   for (int64_t r = 0; r < count; ++r) places[r] = p.place_of(first + r);
   for (int64_t group = 0; group < p.weight.groups; ++group) {
-    const Code* a;
-    int64_t stride = p.stride;
-    if (p.reads_in_place(first, count)) {
-      a = reinterpret_cast<const Code*>(static_cast<const uint8_t*>(p.operands.x) + first * p.window.channels + group * p.per_group);
-      stride = p.window.channels;
-    } else {
-      Code* rows = gathered.of<Code>(rounded_up(count, WHOLE) * p.stride);
-      if (!rows) return;
-      p.gather(first, count, group, rows);
-      a = rows;
-    }
+    const RowsAt a = p.rows_at(first, count, group, gathered);
+    if (!a.first) return;
     if (p.weight.zero_points)
-      for (int64_t b = 0; b < p.blocks; ++b) p.row_sums(a + b * p.block_stride(), stride, count, b, row_sums + b * count);
+      for (int64_t b = 0; b < p.blocks; ++b) p.row_sums(a.first + b * p.block_stride, a.stride, count, b, row_sums + b * count);
     const int64_t bands = (to - from + WIDE - 1) / WIDE;
     for (int64_t band = 0; band < bands; ++band) {
       const int64_t tile = from + (backwards ? bands - 1 - band : band) * WIDE;
@@ -33,8 +24,8 @@ void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t
       Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, group, tile, wide, !CENTRED, places);
       if (p.blocks > 1) finisher.begin(count, t);
       for (int64_t b = 0; b < p.blocks; ++b) {
-        const int64_t depth = packed_depth(p.depth_of(b), p.weight.segment);
-        multiply(count, wide, {a + b * p.block_stride(), stride, nullptr}, p.tile_of(group, b, tile), depth * TILE, depth, sums);
+        const int64_t depth = p.packed_depth_of(b);
+        multiply(count, wide, {a.first + b * p.block_stride, a.stride, nullptr}, p.tile_of(group, b, tile), depth * TILE, depth, sums);
         if (p.blocks == 1) {
           finisher.whole(first, count, sums, row_sums, t);
         } else {

@@ -208,9 +208,9 @@ struct PaddedImage {
     for (int64_t tile = work.from; tile < work.to; tile += WIDE) {
       const int wide = int(std::min<int64_t>(WIDE, work.to - tile));
 #if defined(QB_AMX)
-      multiply_pieces(count, wide, at, step, pieces, p.tile_of(0, 0, tile), p.block_stride() * TILE, false, sums);
+      multiply_pieces(count, wide, at, step, pieces, p.tile_of(0, 0, tile), p.block_stride * TILE, false, sums);
 #else
-      multiply_pieces(count, wide, rows, pieces, p.tile_of(0, 0, tile), p.block_stride() * TILE, sums);
+      multiply_pieces(count, wide, rows, pieces, p.tile_of(0, 0, tile), p.block_stride * TILE, sums);
 #endif
       Finisher finisher(p.weight, p.finish, p.rows, p.operands, p.tiles, 0, tile, wide, true, places);
       for (int64_t i = 0; i < many; ++i) {
@@ -265,7 +265,7 @@ void padded_layer(const Product& p, int threads) try {
   const int64_t of_sample =
       std::min(lines, std::max(least, (lines * image.line + CACHED - 1) / CACHED));
   // Where the weight does not, whole samples share it.
-  const bool shares = of_sample == 1 && p.tiles * p.block_stride() * TILE > CACHED;
+  const bool shares = of_sample == 1 && p.tiles * p.block_stride * TILE > CACHED;
   const int64_t together = shares ? std::clamp<int64_t>(2 * CACHED / image.size(lines), 1, std::min<int64_t>(16, (samples + threads - 1) / threads)) : 1;
   const int64_t rounds = rounded_up((samples + together - 1) / together, threads);  // as much for each thread
   const int64_t works = shares ? std::min(samples, rounds) : samples * of_sample;

@@ -77,6 +77,7 @@ struct Product {
   const Rows& rows;
   const Operands& operands;
   int64_t blocks, tiles, stride, pixels, total, per_group;
+  int64_t block_stride, last_stride;  // products of a block as they are packed, and of the last one
   bool in_place;  // a row of the panel is a pixel of the image
   bool lines;  // taps side by side are inputs side by side
 
@@ -84,7 +85,9 @@ struct Product {
       : weight(w), finish(f), window(v), rows(r), operands(o) {
     blocks = (w.depth + w.block_depth - 1) / w.block_depth;
     tiles = (w.outputs + TILE - 1) / TILE;
-    stride = rounded_up(blocks * block_stride() + OVERRUN, ALIGNED);
+    block_stride = packed_depth(w.block_depth, w.segment);
+    last_stride = packed_depth(depth_of(blocks - 1), w.segment);
+    stride = rounded_up(blocks * block_stride + OVERRUN, ALIGNED);
     pixels = v.out_height * v.out_width;
     total = o.samples * pixels;
     per_group = v.channels / w.groups;
@@ -94,7 +97,6 @@ struct Product {
     lines = w.segment == v.kernel_width * v.channels && w.groups == 1 && blocks == 1 && v.dilation_width == 1;
   }
 
-  int64_t block_stride() const { return packed_depth(weight.block_depth, weight.segment); }
   // May the rows be read where they lie? A tile reads whole groups of products: the last pixels must not be the image's.
   bool reads_in_place(int64_t first, int64_t count) const {
     return in_place && (first + rounded_up(count, WHOLE)) * window.channels + rounded_up(per_group, GROUP) <= total * window.channels + per_group;
@@ -103,13 +105,12 @@ struct Product {
   int64_t depth_of(int64_t block) const {
     return std::min(weight.block_depth, weight.depth - block * weight.block_depth);
   }
+  int64_t packed_depth_of(int64_t block) const { return block < blocks - 1 ? block_stride : last_stride; }
 
   // The bytes of the packed weight before a block's tile of a group.
   const int8_t* tile_of(int64_t group, int64_t block, int64_t tile) const {
-    const int64_t full = tiles * packed_depth(weight.block_depth, weight.segment) * TILE;
-    const int64_t last = tiles * packed_depth(depth_of(blocks - 1), weight.segment) * TILE;
-    const int64_t of_group = (blocks - 1) * full + last;
-    return weight.values + group * of_group + block * full + tile * packed_depth(depth_of(block), weight.segment) * TILE;
+    const int64_t of_group = (blocks - 1) * block_stride + last_stride;
+    return weight.values + ((group * of_group + block * block_stride) * tiles + tile * packed_depth_of(block)) * TILE;
   }
 
   // Where the outputs of a row begin in the result.
@@ -144,7 +145,7 @@ struct Product {
           r += inside;
         } else {
           for (int64_t b = 0; b < blocks; ++b)
-            gather_block(image, top, left, b, zero_point, out + r * stride + b * block_stride());
+            gather_block(image, top, left, b, zero_point, out + r * stride + b * block_stride);
           ++r;
         }
       }
@@ -192,6 +193,17 @@ struct Product {
       }
       if (lines) at = line + room_of(window.kernel_width * count);
     }
+  }
+
+  // Rows [first, first + count) for the products with a group's weight: where they lie, or gathered; none without memory.
+  RowsAt rows_at(int64_t first, int64_t count, int64_t group, Scratch& gathered) const {
+    if (reads_in_place(first, count)) {
+      const uint8_t* x = static_cast<const uint8_t*>(operands.x) + first * window.channels + group * per_group;
+      return {reinterpret_cast<const Code*>(x), window.channels, nullptr};
+    }
+    Code* out = gathered.of<Code>(rounded_up(count, WHOLE) * stride);
+    if (out) gather(first, count, group, out);
+    return {out, stride, nullptr};
   }
 
   // Of the codes of `count` rows of a panel's block.

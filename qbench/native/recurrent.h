@@ -9,22 +9,34 @@
 
 namespace {
 
-constexpr int64_t GATES = 4;
-static_assert(GATES % WIDE == 0 && GATES % FLOAT_TILES == 0, "a tile of units has whole blocks of tiles of outputs");
+static_assert(GATES % FLOAT_TILES == 0, "a tile of units has whole blocks of tiles of outputs");
 constexpr int64_t ROWS_AT_ONCE = 64, FLOAT_ROWS_AT_ONCE = FLOAT_PANEL;  // steps of samples whose gates stay in the cache
 constexpr int64_t SAMPLES = 16;  // at least, where threads share them: rows of a tile register; woq reads its weight back for them
 constexpr int64_t READY = int64_t(1) << 18;  // weights that are read back once for all steps: a mebibyte of float32
 
-// `count` (at most TILE) units of one sample: from `at` on in its states, and the gates of all.
+enum Gate { INPUT, FORGET, CELL, OUTPUT };
+
+// `count` (at most TILE) units of one sample: from `at` on in its states.
 struct Units {
-  enum Gate { INPUT, FORGET, CELL, OUTPUT };
-  const float* gates;
   int64_t at, count;
 
-  Floats gate(Gate which) const { return lanes_at(gates + which * TILE); }
   Floats of(const float* states) const { return taken<Floats>(states + at, count); }
   void put_to(float* states, Floats v) const { put(v, count, states + at); }
 };
+
+// A step of the cells of a and b, side by side, b may be a: of `c`, which is read and written, and then of h, on its own as it
+// waits for c. gate(which) is both's; use(units, h).
+template <class GateOf>
+inline void step_of_c(const Units& a, const Units& b, const GateOf& gate, float* c) {
+  const TwoFloats before{a.of(c), b.of(c)};
+  const TwoFloats now = sigmoid(gate(FORGET)) * before + sigmoid(gate(INPUT)) * hyperbolic_tangent(gate(CELL));
+  a.put_to(c, now.low), b.put_to(c, now.high);
+}
+template <class GateOf, class Use>
+inline void step_of_h(const Units& a, const Units& b, const GateOf& gate, const float* c, const Use& use) {
+  const TwoFloats h = sigmoid(gate(OUTPUT)) * hyperbolic_tangent(TwoFloats{a.of(c), b.of(c)});
+  use(a, h.low), use(b, h.high);
+}
 
 Window rows_of(int64_t inputs, int64_t block) {
   return Window{1, 1, inputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, block};
@@ -104,33 +116,96 @@ struct Share {
     });
   }
 
-  // The cells of a step; c is read and written. use(units, h of them). Two at once: the last of an odd number twice, which
-  // both read before either writes.
+  // The tile of units whose turn is `index`.
+  int64_t tile(int64_t index, bool backwards) const { return backwards ? to - 1 - index : from + index; }
+
+  Units units_of(int64_t tile, int64_t sample) const {
+    return {sample * hidden + tile * TILE, std::min<int64_t>(TILE, hidden - tile * TILE)};
+  }
+
+  // The cells of a step out of gates [samples][outputs]: two at once, the last of an odd number twice.
   template <class Use>
   void cells(const float* gates, int64_t outputs, float* c, const Use& use) const {
+    struct Of {
+      Units units;
+      const float* gates;
+    };
     const auto pairs = [=](const auto& run) {
-      int64_t sample = first, tile = from;
+      int64_t sample = first, unit = from;
       const auto next = [&] {
-        const int64_t unit = tile * TILE;
-        const Units units{gates + sample * outputs + unit * GATES, sample * hidden + unit, std::min<int64_t>(TILE, hidden - unit)};
-        if (++tile == to) tile = from, ++sample;
-        return units;
+        const Of result{units_of(unit, sample), gates + sample * outputs + unit * GATES * TILE};
+        if (++unit == to) unit = from, ++sample;
+        return result;
       };
       for (int64_t left = (end - first) * (to - from); left > 0; left -= 2) {
-        const Units a = next(), b = left > 1 ? next() : a;
-        run(a, b, [=](Units::Gate which) { return TwoFloats{a.gate(which), b.gate(which)}; });
+        const Of a = next(), b = left > 1 ? next() : a;
+        run(a.units, b.units, [=](Gate gate) { return TwoFloats{lanes_at(a.gates + gate * TILE), lanes_at(b.gates + gate * TILE)}; });
       }
     };
-    pairs([c](const Units& a, const Units& b, const auto& gate) {
-      const TwoFloats before{a.of(c), b.of(c)};
-      const TwoFloats now = sigmoid(gate(Units::FORGET)) * before + sigmoid(gate(Units::INPUT)) * hyperbolic_tangent(gate(Units::CELL));
-      a.put_to(c, now.low), b.put_to(c, now.high);
-    });
-    pairs([c, &use](const Units& a, const Units& b, const auto& gate) {  // on its own, as it waits for the first
-      const TwoFloats h = sigmoid(gate(Units::OUTPUT)) * hyperbolic_tangent(TwoFloats{a.of(c), b.of(c)});
-      use(a, h.low), use(b, h.high);
+    pairs([c](const Units& a, const Units& b, const auto& gate) { step_of_c(a, b, gate, c); });
+    pairs([c, &use](const Units& a, const Units& b, const auto& gate) { step_of_h(a, b, gate, c, use); });
+  }
+};
+
+// A thread's steps whose gates are never written (gates.h).
+class Fused {
+ public:
+  struct Room {
+    Addend::Room x, h;
+    Scratch x_sums, h_sums;
+  };
+
+  static bool pays(const Recurrent& r) {
+    const auto plain = [](const Weight& w, const Finish& f) { return w.depth > 0 && w.depth <= w.block_depth && !f.start; };
+    return r.samples >= WORTH_FUSING && plain(r.weight_ih, r.finish_ih) && plain(r.weight_hh, r.finish_hh) && !r.finish_ih.last;
+  }
+
+  Fused(const Recurrent& r, const Share& thread, Room& room)
+      : share(thread), own_zero_points(r.affine && r.per_row),
+        x(r.weight_ih, r.finish_ih, room.x, thread.from * GATES * TILE, (thread.to - thread.from) * GATES * TILE),
+        h(r.weight_hh, r.finish_hh, room.h, thread.from * GATES * TILE, (thread.to - thread.from) * GATES * TILE),
+        x_sums(room.x_sums, 2 * ROWS_A_TURN), h_sums(room.h_sums, 2 * ROWS_A_TURN) {}
+
+  bool there() const { return x.there() && h.there() && x_sums.first && h_sums.first; }
+
+  // A step whose rows of x begin at `row` in its product. use(units, h).
+  template <bool DYNAMIC, class Use>
+  void step(const Product& of_x, int64_t row, const Product& of_h, bool backwards, float* c, const Use& use) {
+    const Addend::Terms<DYNAMIC> x_terms(x, of_x.rows), h_terms(h, of_h.rows);
+    const UnitSums xs = x_sums, hs = h_sums;
+    const float* const last = h.last;
+    share.panels(1, ROWS_A_TURN, true, [&](int64_t first, int64_t count) {
+      const Addend::Panel x_panel = x.panel(of_x, row + first, count, own_zero_points);
+      const Addend::Panel h_panel = h.panel(of_h, first, count, own_zero_points);
+      if (!x_panel.count || !h_panel.count) return;
+      for (int64_t i = 0; i < share.to - share.from; ++i) {
+        const int64_t tile = share.tile(i, backwards), outputs = (tile - share.from) * GATES * TILE;
+        x.multiply_into(xs, of_x, x_panel, tile);
+        h.multiply_into(hs, of_h, h_panel, tile);
+        const auto gate_of = [&](int64_t r, Gate gate) {  // its sign counts for nothing where it is 0
+          const int64_t j = outputs + gate * TILE;
+          const Floats v = x_terms(xs.of(gate, r), j, row + first + r) + h_terms(hs.of(gate, r), j, first + r);
+          return DYNAMIC ? v + lanes_at(last + j) : v;
+        };
+        const auto pairs = [&](const auto& run) {
+          for (int64_t a = 0; a < count; a += 2) {
+            const int64_t b = std::min(a + 1, count - 1);
+            run(share.units_of(tile, first + a), share.units_of(tile, first + b),
+                [&](Gate gate) { return TwoFloats{gate_of(a, gate), gate_of(b, gate)}; });
+          }
+        };
+        pairs([&](const Units& a, const Units& b, const auto& gate) { step_of_c(a, b, gate, c); });
+        pairs([&](const Units& a, const Units& b, const auto& gate) { step_of_h(a, b, gate, c, use); });
+      }
     });
   }
+
+  const Share& share;
+  const bool own_zero_points;
+  Addend x, h;
+
+ private:
+  const UnitSums x_sums, h_sums;
 };
 
 int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, uint8_t* y) {
@@ -140,26 +215,38 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
   const Codes codes(r.zero_point, r.q_min, r.q_max);
   const float inverse = 1.0f / r.scale;
   const Parts parts(r, ROWS_AT_ONCE);
+  const bool can_fuse = Fused::pays(r) && !r.finish_hh.last;
   static thread_local Scratch given;
-  float* gates = given.of<float>(parts.longest() * n * outputs);
-  if (!gates) return 0;
+  float* gates = can_fuse ? nullptr : given.of<float>(parts.longest() * n * outputs);
+  if (!gates && !can_fuse) return 0;
   const int threads = threads_of(r);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    static thread_local Fused::Room room;
     const Share share(r);
     const TileRegisters registers;
+    Fused fused(r, share, room);
+    const bool fuses = can_fuse && fused.there();
+    if (fuses) fused.x.rows_have(r.x_zero_point), fused.h.rows_have(r.zero_point);
     for (int64_t part = 0; part < parts.count; ++part) {
       const int64_t first = parts.begin(part), end = parts.begin(part + 1);
       const Operands given_x{x + first * n * inputs, nullptr, nullptr, gates, (end - first) * n};
-      share.products(Product(r.weight_ih, r.finish_ih, x_window, x_rows, given_x), end - first, false);
+      const Product of_x(r.weight_ih, r.finish_ih, x_window, x_rows, given_x);
+      if (gates) share.products(of_x, end - first, false);
       for (int64_t t = first; t < end; ++t) {
         const uint8_t* before = t ? y + (t - 1) * n * hidden : h;
         float* step = gates + (t - first) * n * outputs;
         const Operands given_h{before, nullptr, step, step, n};
-        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), 1, t % 2);
-        share.cells(step, outputs, c, [=, to = y + t * n * hidden, scale = r.scale](const Units& units, Floats now) {
+        const Product of_h(r.weight_hh, r.finish_hh, h_window, h_rows, given_h);
+        const auto use = [=, to = y + t * n * hidden, scale = r.scale](const Units& units, Floats now) {
           encode(codes, 0, units.count, to + units.at, [=](int64_t, int64_t) { return quotient(now, scale, inverse); });
-        });
+        };
+        if (fuses) {
+          fused.step<false>(of_x, (t - first) * n, of_h, t % 2, c, use);
+        } else if (gates) {
+          share.products(of_h, 1, t % 2);
+          share.cells(step, outputs, c, use);
+        }
 #pragma omp barrier
       }
     }
@@ -173,27 +260,33 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
   const Window x_window = rows_of(inputs, r.weight_ih.block_depth), h_window = rows_of(hidden, r.weight_hh.block_depth);
   const int64_t h_count = r.per_row ? n : 1, length = h_count ? n * hidden / h_count : 0;  // rows of h that become codes
   const Parts parts(r, ROWS_AT_ONCE);
+  const bool can_fuse = Fused::pays(r);
   static thread_local Scratch given, coded, scaled, shifted;
-  float* gates = given.of<float>(parts.longest() * n * outputs);
+  float* gates = can_fuse ? nullptr : given.of<float>(parts.longest() * n * outputs);
   uint8_t* h_codes = coded.of<uint8_t>(n * hidden);
   float* h_scales = scaled.of<float>(h_count);
   int32_t* h_zero_points = shifted.of<int32_t>(h_count);
-  if (!gates || !h_codes || !h_scales || !h_zero_points) return 0;
+  if ((!gates && !can_fuse) || !h_codes || !h_scales || !h_zero_points) return 0;
   const Rows h_rows{h_zero_points, h_scales, r.per_row ? 1 : INT64_MAX};
   const int threads = threads_of(r);
   std::atomic<bool> odd{false};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    static thread_local Fused::Room room;
     const Share share(r);
     const TileRegisters registers;
     const int64_t h_first = omp_get_thread_num() * h_count / omp_get_num_threads();
     const int64_t h_end = (omp_get_thread_num() + 1) * h_count / omp_get_num_threads();
+    Fused fused(r, share, room);
+    const bool fuses = can_fuse && fused.there();
+    if (fuses) fused.x.rows_have(fused.own_zero_points ? 0 : x_zero_points[0]);
     bool failed = false;
     for (int64_t part = 0; part < parts.count && !failed; ++part) {
       const int64_t first = parts.begin(part), end = parts.begin(part + 1), row = r.per_row ? first * n : 0;
       const Rows x_rows{x_zero_points + row, x_scales + row, r.per_row ? 1 : INT64_MAX};
       const Operands given_x{x + first * n * inputs, nullptr, nullptr, gates, (end - first) * n};
-      share.products(Product(r.weight_ih, r.finish_ih, x_window, x_rows, given_x), end - first, false);
+      const Product of_x(r.weight_ih, r.finish_ih, x_window, x_rows, given_x);
+      if (gates) share.products(of_x, end - first, false);
       for (int64_t t = first; t < end; ++t) {
         const float* before = t ? y + (t - 1) * n * hidden : h;
         for (int64_t i = h_first; i < h_end; ++i)
@@ -204,10 +297,15 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
         if (failed) break;
         float* step = gates + (t - first) * n * outputs;
         const Operands given_h{h_codes, nullptr, step, step, n};
-        share.products(Product(r.weight_hh, r.finish_hh, h_window, h_rows, given_h), 1, t % 2);
-        share.cells(step, outputs, c, [to = y + t * n * hidden](const Units& units, Floats now) {
-          units.put_to(to, now);
-        });
+        const Product of_h(r.weight_hh, r.finish_hh, h_window, h_rows, given_h);
+        const auto use = [to = y + t * n * hidden](const Units& units, Floats now) { units.put_to(to, now); };
+        if (fuses) {
+          fused.h.rows_have(fused.own_zero_points ? 0 : h_zero_points[0]);
+          fused.step<true>(of_x, (t - first) * n, of_h, t % 2, c, use);
+        } else if (gates) {
+          share.products(of_h, 1, t % 2);
+          share.cells(step, outputs, c, use);
+        }
 #pragma omp barrier
       }
     }

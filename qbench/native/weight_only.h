@@ -298,7 +298,7 @@ void read_back_all(const Product& p, const Pieced& list, float* out) {
   for (int64_t tile = 0; tile < p.tiles; tile += FLOAT_TILES) {
     const int wide = int(std::min<int64_t>(FLOAT_TILES, p.tiles - tile));
     for (const Chunk& chunk : list.chunks) {
-      const int64_t tile_stride = packed_depth(p.depth_of(chunk.block), p.weight.segment) * TILE;
+      const int64_t tile_stride = p.packed_depth_of(chunk.block) * TILE;
       const int64_t constants = (chunk.block * p.tiles + tile) * TILE;
       READ_BACK[wide - 1](list.pieces.data() + chunk.first, chunk.last - chunk.first, p.tile_of(0, chunk.block, tile),
                           tile_stride, p.weight.zero_points ? p.weight.zero_points + constants : nullptr, out);
@@ -330,7 +330,7 @@ void float_panel(const Product& p, const Pieced& list, const float* scales, int6
         const int64_t constants = (chunk.block * p.weight.groups + group) * p.tiles * TILE + tile * TILE;
         const int32_t* zero_points = p.weight.zero_points ? p.weight.zero_points + constants : nullptr;
         const int8_t* packed = p.tile_of(group, chunk.block, tile);
-        const int64_t tile_stride = packed_depth(p.depth_of(chunk.block), p.weight.segment) * TILE;
+        const int64_t tile_stride = p.packed_depth_of(chunk.block) * TILE;
         const Piece* pieces = list.pieces.data() + chunk.first;
         const int64_t many = chunk.last - chunk.first, shift = group * p.per_group;
         if (list.in_registers) {
