@@ -320,6 +320,7 @@ def networks() -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
     yield "encoder", seeded(Encoder), (torch.arange(26).reshape(2, 13) % 11,)
     yield "lstm", seeded(lambda: nn.LSTM(5, 18, bidirectional=True)), (normal(35, 3, 5),)
     yield "lstm of threads", seeded(lambda: nn.LSTM(90, 20)), (normal(3, 32, 90),)  # enough products a step for two
+    yield "lstm of samples", seeded(lambda: nn.LSTM(7, 21)), (normal(3, 37, 7),)
     yield "lstm that starts", seeded(Started), (normal(3, 6, 5), normal(3, 7, seed=1), normal(3, 7, seed=2))
     for mask in ("each", "shared", "causal"):
         hidden = torch.where(normal(2, 9, 11, seed=3) > 0.5, -1e4, 0.0)

@@ -287,6 +287,12 @@ def test_lstm(recipe: Recipe, layers: int, steps: int, both: bool, first: bool, 
     assert_same(model, (normal(steps, 3, 5) if not first else normal(3, steps, 5),), recipe)
 
 
+@settings(max_examples=30)
+@given(Quantizations, st.integers(1, 20), st.integers(1, 36), st.integers(8, 80), st.booleans())
+def test_lstm_of_several_samples(recipe: Recipe, inputs: int, units: int, samples: int, bias: bool) -> None:
+    assert_same(seeded(lambda: nn.LSTM(inputs, units, bias=bias)), (normal(3, samples, inputs),), recipe)
+
+
 class Started(nn.Module):
     def __init__(self, inputs: int = 5, units: int = 7) -> None:
         super().__init__()
