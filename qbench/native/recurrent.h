@@ -2,7 +2,8 @@
 //
 // Outputs are in the order of qb::Recurrent: a thread has some units and all their gates, so that it meets the others once
 // a step, for h (twice where h's range is taken as well). Its gates stay in its own cache: the product of h adds those of x,
-// which are where its result goes.
+// which are where its result goes. Of many samples in int8 no gate is written at all: a tile of units at a time both products
+// and the cells, its gates in registers.
 //
 // In int8 every other step goes through the weight of h backwards: it may just not fit into a cache, which then still holds the
 // end that the last step left there.
@@ -147,7 +148,7 @@ struct Share {
   }
 };
 
-// A thread's steps whose gates are never written (gates.h).
+// A thread's steps whose gates are never written.
 class Fused {
  public:
   struct Room {
@@ -225,9 +226,10 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
     static thread_local Fused::Room room;
     const Share share(r);
     const TileRegisters registers;
-    Fused fused(r, share, room);
-    const bool fuses = can_fuse && fused.there();
-    if (fuses) fused.x.rows_have(r.x_zero_point), fused.h.rows_have(r.zero_point);
+    std::optional<Fused> fused;
+    if (can_fuse) fused.emplace(r, share, room);
+    const bool fuses = fused && fused->there();
+    if (fuses) fused->x.rows_have(r.x_zero_point), fused->h.rows_have(r.zero_point);
     for (int64_t part = 0; part < parts.count; ++part) {
       const int64_t first = parts.begin(part), end = parts.begin(part + 1);
       const Operands given_x{x + first * n * inputs, nullptr, nullptr, gates, (end - first) * n};
@@ -235,14 +237,14 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
       if (gates) share.products(of_x, end - first, false);
       for (int64_t t = first; t < end; ++t) {
         const uint8_t* before = t ? y + (t - 1) * n * hidden : h;
-        float* step = gates + (t - first) * n * outputs;
+        float* step = gates ? gates + (t - first) * n * outputs : nullptr;
         const Operands given_h{before, nullptr, step, step, n};
         const Product of_h(r.weight_hh, r.finish_hh, h_window, h_rows, given_h);
         const auto use = [=, to = y + t * n * hidden, scale = r.scale](const Units& units, Floats now) {
           encode(codes, 0, units.count, to + units.at, [=](int64_t, int64_t) { return quotient(now, scale, inverse); });
         };
         if (fuses) {
-          fused.step<false>(of_x, (t - first) * n, of_h, t % 2, c, use);
+          fused->step<false>(of_x, (t - first) * n, of_h, t % 2, c, use);
         } else if (gates) {
           share.products(of_h, 1, t % 2);
           share.cells(step, outputs, c, use);
@@ -277,9 +279,10 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
     const TileRegisters registers;
     const int64_t h_first = omp_get_thread_num() * h_count / omp_get_num_threads();
     const int64_t h_end = (omp_get_thread_num() + 1) * h_count / omp_get_num_threads();
-    Fused fused(r, share, room);
-    const bool fuses = can_fuse && fused.there();
-    if (fuses) fused.x.rows_have(fused.own_zero_points ? 0 : x_zero_points[0]);
+    std::optional<Fused> fused;
+    if (can_fuse) fused.emplace(r, share, room);
+    const bool fuses = fused && fused->there();
+    if (fuses) fused->x.rows_have(fused->own_zero_points ? 0 : x_zero_points[0]);
     bool failed = false;
     for (int64_t part = 0; part < parts.count && !failed; ++part) {
       const int64_t first = parts.begin(part), end = parts.begin(part + 1), row = r.per_row ? first * n : 0;
@@ -295,13 +298,13 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
 #pragma omp barrier
         failed = odd;  // every thread sees the same: none sets it before all have met again
         if (failed) break;
-        float* step = gates + (t - first) * n * outputs;
+        float* step = gates ? gates + (t - first) * n * outputs : nullptr;
         const Operands given_h{h_codes, nullptr, step, step, n};
         const Product of_h(r.weight_hh, r.finish_hh, h_window, h_rows, given_h);
         const auto use = [to = y + t * n * hidden](const Units& units, Floats now) { units.put_to(to, now); };
         if (fuses) {
-          fused.h.rows_have(fused.own_zero_points ? 0 : h_zero_points[0]);
-          fused.step<true>(of_x, (t - first) * n, of_h, t % 2, c, use);
+          fused->h.rows_have(fused->own_zero_points ? 0 : h_zero_points[0]);
+          fused->step<true>(of_x, (t - first) * n, of_h, t % 2, c, use);
         } else if (gates) {
           share.products(of_h, 1, t % 2);
           share.cells(step, outputs, c, use);
