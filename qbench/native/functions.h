@@ -2,27 +2,29 @@
 
 namespace {
 
-// Of Floats, TwoFloats or FourFloats; the first, of values up to 88.
-template <class V>
+// exp(x), or exp(-x) where SIGN is -1, of Floats, TwoFloats or FourFloats; the first, of values up to 88.
+template <int SIGN = 1, class V>
 inline V exponential_below(V x) {
-  x = at_least(x, -87.0f);
+  const auto plus = [](auto a, auto b) { return SIGN > 0 ? a + b : a - b; };
+  x = SIGN > 0 ? at_least(x, -87.0f) : at_most(x, 87.0f);
   const V shifted = x * 1.44269504f + ROUNDER;
   const V n = shifted - ROUNDER;
   const V r = less_exactly(x, n, 0.693359375f) - n * -2.12194440e-4f;  // n has 8 bits, the factor 9
   V p = V{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return ((p * (r * r) + r) + 1.0f) * as_floats((as_ints(shifted) - (ROUNDER_BITS - 127)) << 23);
+  p = plus(1.3981999507e-3f, p * r);
+  p = plus(8.3334519073e-3f, p * r);
+  p = plus(4.1665795894e-2f, p * r);
+  p = plus(1.6666665459e-1f, p * r);
+  p = plus(5.0000001201e-1f, p * r);
+  const auto bits = SIGN > 0 ? as_ints(shifted) - (ROUNDER_BITS - 127) : (ROUNDER_BITS + 127) - as_ints(shifted);
+  return (plus(p * (r * r), r) + 1.0f) * as_floats(bits << 23);
 }
 
 template <class V>
 inline V exponential(V x) { return exponential_below(at_most(x, 88.0f)); }
 
 template <class V>
-inline V sigmoid(V x) { return 1.0f / (1.0f + exponential(-1.0f * x)); }
+inline V sigmoid(V x) { return 1.0f / (1.0f + exponential_below<-1>(at_least(x, -88.0f))); }
 
 template <class V>
 inline V hyperbolic_tangent(V x) { return 1.0f - 2.0f / (1.0f + exponential(2.0f * x)); }

@@ -114,6 +114,26 @@ using ManyFloats = TwoFloats;
 #endif
 constexpr int64_t MANY = ManyFloats::COUNT;
 
+// Made of tiles: of(i) is the ith; and taken apart: use(i, the ith).
+template <class V>
+constexpr int TILES_OF = int(sizeof(V) / sizeof(Floats));
+template <class V, class Of>
+inline V of_tiles(const Of& of, int first = 0) {
+  if constexpr (std::is_same_v<V, Floats>) {
+    return of(first);
+  } else {
+    using Half = decltype(V::low);
+    return {of_tiles<Half>(of, first), of_tiles<Half>(of, first + TILES_OF<Half>)};
+  }
+}
+template <class V, class Use>
+inline void each_tile(V v, const Use& use, int first = 0) {
+  if constexpr (std::is_same_v<V, Floats>)
+    use(first, v);
+  else
+    each_tile(v.low, use, first), each_tile(v.high, use, first + TILES_OF<decltype(v.low)>);
+}
+
 inline Ints as_ints(Wrapping v) { return __builtin_bit_cast(Ints, v); }
 inline Ints as_ints(Floats v) { return __builtin_bit_cast(Ints, v); }
 inline TwoInts as_ints(TwoFloats v) { return {as_ints(v.low), as_ints(v.high)}; }

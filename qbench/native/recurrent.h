@@ -25,18 +25,22 @@ struct Units {
   void put_to(float* states, Floats v) const { put(v, count, states + at); }
 };
 
-// A step of the cells of a and b, side by side, b may be a: of `c`, which is read and written, and then of h, on its own as it
-// waits for c. gate(which) is both's; use(units, h).
+constexpr int CELLS = TILES_OF<ManyFloats>;  // tiles of units side by side
+
+// A step of CELLS tiles of units side by side, some of which may be the same: of `c`, which is read and written, and then of h,
+// on its own as it waits for c. gate(i, which) is the ith's; use(units, h).
 template <class GateOf>
-inline void step_of_c(const Units& a, const Units& b, const GateOf& gate, float* c) {
-  const TwoFloats before{a.of(c), b.of(c)};
-  const TwoFloats now = sigmoid(gate(FORGET)) * before + sigmoid(gate(INPUT)) * hyperbolic_tangent(gate(CELL));
-  a.put_to(c, now.low), b.put_to(c, now.high);
+inline void step_of_c(const Units (&units)[CELLS], const GateOf& gate, float* c) {
+  const auto all = [&](Gate which) { return of_tiles<ManyFloats>([&](int i) { return gate(i, which); }); };
+  const auto before = of_tiles<ManyFloats>([&](int i) { return units[i].of(c); });
+  const ManyFloats now = sigmoid(all(FORGET)) * before + sigmoid(all(INPUT)) * hyperbolic_tangent(all(CELL));
+  each_tile(now, [&](int i, Floats v) { units[i].put_to(c, v); });
 }
 template <class GateOf, class Use>
-inline void step_of_h(const Units& a, const Units& b, const GateOf& gate, const float* c, const Use& use) {
-  const TwoFloats h = sigmoid(gate(OUTPUT)) * hyperbolic_tangent(TwoFloats{a.of(c), b.of(c)});
-  use(a, h.low), use(b, h.high);
+inline void step_of_h(const Units (&units)[CELLS], const GateOf& gate, const float* c, const Use& use) {
+  const auto outputs = of_tiles<ManyFloats>([&](int i) { return gate(i, OUTPUT); });
+  const auto now = of_tiles<ManyFloats>([&](int i) { return units[i].of(c); });
+  each_tile(sigmoid(outputs) * hyperbolic_tangent(now), [&](int i, Floats v) { use(units[i], v); });
 }
 
 Window rows_of(int64_t inputs, int64_t block) {
@@ -124,27 +128,23 @@ struct Share {
     return {sample * hidden + tile * TILE, std::min<int64_t>(TILE, hidden - tile * TILE)};
   }
 
-  // The cells of a step out of gates [samples][outputs]: two at once, the last of an odd number twice.
+  // The cells of a step out of gates [samples][outputs]: CELLS at once, the last ones in the place of some that are not there.
   template <class Use>
   void cells(const float* gates, int64_t outputs, float* c, const Use& use) const {
-    struct Of {
-      Units units;
-      const float* gates;
-    };
-    const auto pairs = [=](const auto& run) {
+    const auto groups = [=](const auto& run) {
       int64_t sample = first, unit = from;
-      const auto next = [&] {
-        const Of result{units_of(unit, sample), gates + sample * outputs + unit * GATES * TILE};
-        if (++unit == to) unit = from, ++sample;
-        return result;
-      };
-      for (int64_t left = (end - first) * (to - from); left > 0; left -= 2) {
-        const Of a = next(), b = left > 1 ? next() : a;
-        run(a.units, b.units, [=](Gate gate) { return TwoFloats{lanes_at(a.gates + gate * TILE), lanes_at(b.gates + gate * TILE)}; });
+      for (int64_t left = (end - first) * (to - from); left > 0; left -= CELLS) {
+        Units units[CELLS];
+        const float* at[CELLS];
+        for (int i = 0; i < CELLS; ++i) {
+          units[i] = units_of(unit, sample), at[i] = gates + sample * outputs + unit * GATES * TILE;
+          if (left - i > 1 && ++unit == to) unit = from, ++sample;
+        }
+        run(units, [&](int i, Gate gate) { return lanes_at(at[i] + gate * TILE); });
       }
     };
-    pairs([c](const Units& a, const Units& b, const auto& gate) { step_of_c(a, b, gate, c); });
-    pairs([c, &use](const Units& a, const Units& b, const auto& gate) { step_of_h(a, b, gate, c, use); });
+    groups([&](const auto& units, const auto& gate) { step_of_c(units, gate, c); });
+    groups([&](const auto& units, const auto& gate) { step_of_h(units, gate, c, use); });
   }
 };
 
@@ -188,15 +188,16 @@ class Fused {
           const Floats v = x_terms(xs.of(gate, r), j, row + first + r) + h_terms(hs.of(gate, r), j, first + r);
           return DYNAMIC ? v + lanes_at(last + j) : v;
         };
-        const auto pairs = [&](const auto& run) {
-          for (int64_t a = 0; a < count; a += 2) {
-            const int64_t b = std::min(a + 1, count - 1);
-            run(share.units_of(tile, first + a), share.units_of(tile, first + b),
-                [&](Gate gate) { return TwoFloats{gate_of(a, gate), gate_of(b, gate)}; });
+        const auto groups = [&](const auto& run) {
+          for (int64_t r = 0; r < count; r += CELLS) {
+            Units units[CELLS];
+            int64_t rows[CELLS];
+            for (int i = 0; i < CELLS; ++i) rows[i] = std::min(r + i, count - 1), units[i] = share.units_of(tile, first + rows[i]);
+            run(units, [&](int i, Gate gate) { return gate_of(rows[i], gate); });
           }
         };
-        pairs([&](const Units& a, const Units& b, const auto& gate) { step_of_c(a, b, gate, c); });
-        pairs([&](const Units& a, const Units& b, const auto& gate) { step_of_h(a, b, gate, c, use); });
+        groups([&](const auto& units, const auto& gate) { step_of_c(units, gate, c); });
+        groups([&](const auto& units, const auto& gate) { step_of_h(units, gate, c, use); });
       }
     });
   }
