@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qbench import report, results, tracking
+from qbench import interrupts, report, results, tracking
 from qbench.cell import answer, together
 from qbench.compose import Composer
 from qbench.config import UsageError, instantiate
@@ -51,7 +51,9 @@ def run_sweep(composer: Composer) -> int:
         todo = [cell for cell in cells if options.force or not is_finished(cell, options)]
         try:
             announce(cells, todo)
-            run_cells(todo, composer, options)
+            with interrupts.noticed():
+                run_cells(todo, composer, options)
+                interrupts.go_on()
         except KeyboardInterrupt:
             finished = sum(is_finished(cell, options) for cell in cells)
             print(f"\n{finished} of {len(cells)} cells are finished; the same command goes on", file=sys.stderr)
@@ -124,6 +126,7 @@ class RunCells:
     parent: int
 
     def __call__(self, overrides: tuple[str, ...]) -> None:
+        interrupts.go_on()
         group = self.groups[overrides]
         number = self.cells.index(group[0])
         places = [f"[{number + i + 1}/{len(self.cells)}]" for i in range(len(group))]
