@@ -77,7 +77,7 @@ struct Addend {
     if (panel.row_sums) subtract(sums, panel.count, weight.zero_points + outputs, panel.row_sums);
   }
 
-  // each row's own times what the outputs have
+  // From the sums of each row its own factor times that of each output.
   static void subtract(const UnitSums& sums, int64_t rows, const int32_t* of_outputs, const int32_t* of_rows) {
     for (int64_t gate = 0; gate < GATES; ++gate) {
       const Wrapping factor = wrapping_at(of_outputs + gate * TILE);
