@@ -2,10 +2,18 @@
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from qbench import interrupts
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it is ignored
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Finalized:
@@ -17,12 +25,11 @@ class Finalized:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_that_a_finalizer_swallows_comes_later() -> None:
-    before = signal.getsignal(signal.SIGINT)
     with interrupts.noticed():
         Finalized()  # its finalizer runs at once
         with pytest.raises(KeyboardInterrupt):
             interrupts.go_on()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_interrupt_is_raised_at_once_and_forgotten_by_the_next_run() -> None:
@@ -35,14 +42,11 @@ def test_an_interrupt_is_raised_at_once_and_forgotten_by_the_next_run() -> None:
 def test_other_threads_and_other_handlers_are_left_alone() -> None:
     def ignored(number: int, frame: object) -> None: ...
 
-    before = signal.signal(signal.SIGINT, ignored)
-    try:
-        with interrupts.noticed():
-            assert signal.getsignal(signal.SIGINT) is ignored
-            signal.raise_signal(signal.SIGINT)
-            interrupts.go_on()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, ignored)
+    with interrupts.noticed():
+        assert signal.getsignal(signal.SIGINT) is ignored
+        signal.raise_signal(signal.SIGINT)
+        interrupts.go_on()
     errors: list[BaseException] = []
 
     def aside() -> None:
