@@ -73,7 +73,7 @@ struct Addend {
     const int64_t depth = p.packed_depth_of(0), outputs = tile * GATES * TILE;
     for (int64_t gate = 0; gate < GATES; gate += WIDE)
       multiply(panel.count, WIDE, panel.at, p.tile_of(0, 0, tile * GATES + gate), depth * TILE, depth, sums.of(gate, 0));
-    if (panel.zero_points) subtract(sums, panel.count, total + outputs - from, panel.zero_points);
+    if (panel.zero_points) subtract(sums, panel.count, total + (outputs - from), panel.zero_points);
     if (panel.row_sums) subtract(sums, panel.count, weight.zero_points + outputs, panel.row_sums);
   }
 
