@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from qbench import interrupts
 from qbench.config import UsageError, conf_folder, instantiate, one_line, use_project_tasks
 
 __all__ = ["instantiate_task", "main", "use_project_tasks"]
@@ -20,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _main(given)
+        with interrupts.noticed():
+            return _main(given)
     except KeyboardInterrupt:
         print("qbench: interrupted; what is finished is kept", file=sys.stderr)
         return INTERRUPTED

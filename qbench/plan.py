@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qbench import identity, workers
+from qbench import identity, interrupts, workers
 from qbench.compose import Composer, Job
 from qbench.config import RUN_VALUES, UsageError, measure_of, recipe_of
 from qbench.identity import sha256_of
@@ -81,6 +81,7 @@ def plan(composer: Composer) -> list[Cell]:
     cells: dict[str, Cell] = {}
     shared: dict[str, Any] = {}
     for job in composer.jobs():
+        interrupts.go_on()
         for name in RUN_VALUES:
             if shared.setdefault(name, job.values[name]) != job.values[name]:
                 raise UsageError(f"{name}: give one value for the whole sweep")

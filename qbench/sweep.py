@@ -46,14 +46,14 @@ def run_sweep(composer: Composer) -> int:
         with ThreadPoolExecutor(1) as aside:  # MLflow takes seconds to load: let it, while children prepare the tasks
             store = aside.submit(tracking.prepare_store, options.results)
             cells = identify(cells, prepare_tasks(cells, options.results, Progress()))
-            store.result()
+            with interrupts.welcome():
+                store.result()
         notify(composer)
         todo = [cell for cell in cells if options.force or not is_finished(cell, options)]
         try:
             announce(cells, todo)
-            with interrupts.noticed():
-                run_cells(todo, composer, options)
-                interrupts.go_on()
+            run_cells(todo, composer, options)
+            interrupts.go_on()
         except KeyboardInterrupt:
             finished = sum(is_finished(cell, options) for cell in cells)
             print(f"\n{finished} of {len(cells)} cells are finished; the same command goes on", file=sys.stderr)
@@ -199,6 +199,7 @@ def log_missing(records: Sequence[Record], options: Options) -> None:
     """Bring the MLflow store up to the records: those that it lacks, and the saved view."""
     logged = tracking.logged_keys(options.results, options.sweep)
     for record in records:
+        interrupts.go_on()
         if record.key not in logged:
             tracking.log(record, options.results, options.sweep)
     tracking.save_view(records, options.results, options.sweep)

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qbench import interrupts
+
 NAME = "qbench-timing.lock"
 QUEUE = "qbench-timing.queue"  # who is next: without it one qbench that lets go and takes again would keep the machine
 POLL_S = 0.2
@@ -32,7 +34,8 @@ def machine(*, alone: bool, say: Callable[[str], None]) -> Iterator[None]:
 def _wait(handle: int, kind: int, say: Callable[[str], None]) -> None:
     while not _take(handle, kind):
         say("waiting for another qbench on this machine")
-        time.sleep(POLL_S)
+        with interrupts.welcome():
+            time.sleep(POLL_S)
 
 
 def _take(handle: int, kind: int) -> bool:

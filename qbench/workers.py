@@ -30,6 +30,7 @@ from multiprocessing import connection, forkserver, process, util
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qbench import interrupts
 from qbench.config import instantiate as instantiate  # children build their tasks with it
 from qbench.sources import PROJECT_PACKAGES
 
@@ -115,8 +116,10 @@ def side_by_side(calls: Sequence[Callable[[], T]], at_once: int) -> list[T]:
         try:
             for call in calls:
                 futures.append(pool.submit(call))
-            for done in wait(futures, return_when=FIRST_EXCEPTION).done:
-                done.result()
+            with interrupts.welcome():
+                done = wait(futures, return_when=FIRST_EXCEPTION).done
+            for future in done:
+                future.result()
             return [future.result() for future in futures]
         except BaseException:
             _stopped.set()
@@ -189,7 +192,9 @@ def ready() -> None:
         try:
             _spares.extend(_start(multiprocessing.get_context("spawn"), fresh=True) for _ in range(SPARE))
             for child, pipe in _spares:
-                if not pipe.poll(LOADING_S):
+                with interrupts.welcome():
+                    loaded = pipe.poll(LOADING_S)
+                if not loaded:
                     raise WorkerError(f"took more than {LOADING_S:g} s to load torch")
                 try:
                     pipe.recv_bytes()
@@ -211,7 +216,8 @@ def _wait(child: process.BaseProcess, pipe: connection.Connection, say: Say, tim
     deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     text = ""
     while (left := deadline - time.monotonic()) > 0:
-        signalled = connection.wait([pipe, child.sentinel], timeout=min(TICK_S, left))
+        with interrupts.welcome():
+            signalled = connection.wait([pipe, child.sentinel], timeout=min(TICK_S, left))
         if pipe in signalled:
             try:
                 message: dict[str, Any] = json.loads(pipe.recv_bytes())

@@ -16,27 +16,28 @@ def _as_in_a_terminal() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-class Finalized:
-    """What a library may have: Python cannot raise out of it."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_a_finalizer_swallows_comes_later() -> None:
+def test_ctrl_c_in_the_midst_of_a_library_is_raised_at_the_next_wait() -> None:
     with interrupts.noticed():
-        Finalized()  # its finalizer runs at once
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             interrupts.go_on()
+        with pytest.raises(KeyboardInterrupt), interrupts.welcome():
+            pytest.fail("waits although Ctrl-C was pressed")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_interrupt_is_raised_at_once_and_forgotten_by_the_next_run() -> None:
-    with pytest.raises(KeyboardInterrupt), interrupts.noticed():
+def test_ctrl_c_ends_a_wait_at_once_and_is_forgotten_by_the_next_run() -> None:
+    with interrupts.noticed(), pytest.raises(KeyboardInterrupt), interrupts.welcome():
         signal.raise_signal(signal.SIGINT)
     with interrupts.noticed():
         interrupts.go_on()
+
+
+def test_a_second_ctrl_c_waits_for_nothing() -> None:
+    with interrupts.noticed():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_other_threads_and_other_handlers_are_left_alone() -> None:
@@ -45,13 +46,14 @@ def test_other_threads_and_other_handlers_are_left_alone() -> None:
     signal.signal(signal.SIGINT, ignored)
     with interrupts.noticed():
         assert signal.getsignal(signal.SIGINT) is ignored
-        signal.raise_signal(signal.SIGINT)
+        with interrupts.welcome():
+            signal.raise_signal(signal.SIGINT)
         interrupts.go_on()
     errors: list[BaseException] = []
 
     def aside() -> None:
         try:
-            with interrupts.noticed():
+            with interrupts.noticed(), interrupts.welcome():
                 interrupts.go_on()
         except BaseException as error:  # noqa: BLE001 - handed to the test
             errors.append(error)
