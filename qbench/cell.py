@@ -90,8 +90,8 @@ def threads_of_each() -> int:
 def time_once(works: Sequence[Work], index: int, results: Path, say: Say) -> None:
     """Time cells whose first half is done in one more process, alone on the machine; those of a task side by side.
 
-    The first process is the fork server's child, the others have nothing in common. A crash there is that of the cells
-    which crash alone; those that failed earlier are left out.
+    Processes of two indices have nothing in common, not even the server that they come from. A crash there is that of
+    the cells which crash alone; those that failed earlier are left out.
     """
     works = [work for work in works if work.error is None]
     if not works:
@@ -184,7 +184,7 @@ def _time(works: Sequence[Work], index: int, results: Path, say: Say) -> list[di
     say(f"timing, process {index + 1}" + (f" of {most}" if index < most else ""))
     with timing_lock.machine(alone=True, say=say):
         log = works[0].folder / LOG
-        answer = workers.run(TIME, {"groups": asked}, log=log, say=say, timeout_s=limit, fresh=index > 0)
+        answer = workers.run(TIME, {"groups": asked}, log=log, say=say, timeout_s=limit, server=index)
     found = {}
     for group, process in zip(groups, answer["groups"], strict=True):
         for cell in group:

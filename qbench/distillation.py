@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +64,6 @@ class Distillation:
     def frozen_at(self) -> int:
         """The first step with frozen ranges."""
         return self.steps // 2
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What the record of a cell holds of it."""
-        losses = [float(f"{loss:.6g}") for loss in self.losses]
-        return {"steps": len(losses), "relative_weight_change": self.weight_change, "losses": losses}
 
     def _rate(self, step: int) -> float:
         """The share of its size by which a weight may move."""

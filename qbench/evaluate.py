@@ -31,6 +31,7 @@ from qbench.recipe import AXES, Recipe
 from qbench.record import write_atomic
 from qbench.saved import dump, load
 from qbench.task import Examples, Task
+from qbench.trained_models import KeptModel, Training
 from qbench.weights import final_weights, task_folder, task_of, tensors_sha256
 
 Say = Callable[[str], None]
@@ -133,12 +134,10 @@ def evaluate(
     model = fp32_model(task_config, prepared)
     calibration = calibration_of(task)
     network = capture(model, calibration[0])
-    trainer = _trainer(task, network, recipe, calibration, say)
-    started = time.monotonic()
-    quantized = quantize_network(network, recipe, _examples_to_draw(task, recipe, calibration), fine_tune=trainer)
-    quantize_s = time.monotonic() - started
     path = Path(folder) / "model.qb"
-    quantized.save(path)
+    kept = KeptModel(task_config, prepared, recipe) if recipe.method.trains else None
+    data, quantize_s, training = _quantized(task, network, recipe, calibration, kept, say)
+    write_atomic(path, data)
     saved = load(path, recipe.backend.name)
     examples = task.evaluation().first(measure.examples)
     outputs = run(saved, examples, measure.eval_batch, say)
@@ -149,10 +148,10 @@ def evaluate(
     if saved.macs.int8_fraction is not None:
         found["metrics"]["int8_mac_fraction"] = saved.macs.int8_fraction
     write_artifacts(Path(folder), Path(prepared["folder"]), network, recipe, saved, calibration, measure, say)
-    if trainer is not None:
-        found["details"] |= {"fine_tuning": trainer.summary}
+    if training is not None:
+        found["details"] |= {"fine_tuning": training.summary}
         if measure.figures:
-            loss_figure(trainer.losses, trainer.frozen_at, Path(folder) / "fine_tuning.png")
+            loss_figure(training.losses, training.frozen_at, Path(folder) / "fine_tuning.png")
     return {
         **found,
         "granularity_effective": granularity_effective(saved) if recipe.applies("granularity") else None,
@@ -164,6 +163,30 @@ def evaluate(
         "details": {**found["details"], "float_ops": saved.float_ops, **identity_of(saved, path)},
         "environment": recipe.backend.environment(),
     }
+
+
+def _quantized(
+    task: Task,
+    network: Network,
+    recipe: Recipe,
+    calibration: list[tuple[Tensor, ...]],
+    kept: KeptModel | None,
+    say: Say,
+) -> tuple[bytes, float, Training | None]:
+    """The model's file, how many seconds it took to make, and how it was trained: now, or once before."""
+    if kept is not None and (found := kept.read()) is not None:
+        data, training = found
+        return data, training.quantize_s, dataclasses.replace(training, from_cache=True)
+    trainer = _trainer(task, network, recipe, calibration, say)
+    started = time.monotonic()
+    quantized = quantize_network(network, recipe, _examples_to_draw(task, recipe, calibration), fine_tune=trainer)
+    quantize_s = time.monotonic() - started
+    data = dump(quantized)
+    if kept is None or trainer is None:
+        return data, quantize_s, None
+    training = Training(trainer.losses, trainer.frozen_at, trainer.weight_change, quantize_s)
+    kept.write(data, training)
+    return data, quantize_s, training
 
 
 def identity_of(model: QuantizedModel, path: Path) -> dict[str, Any]:

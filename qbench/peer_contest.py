@@ -132,7 +132,7 @@ def _time(arguments: dict[str, Any], measure: Measure, log: Path) -> list[dict[s
                     log=log,
                     say=progress.say,
                     timeout_s=measure.timeout_s,
-                    fresh=index > 0,
+                    server=index,
                 )
             )
         progress.end()

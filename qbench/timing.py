@@ -22,7 +22,6 @@ DROPPED = 2  # first calls of a block: they find the neighbour's data in the cac
 WINDOW = 5  # the warm-up ends when the medians of so many blocks show no trend ...
 NO_TREND = 0.8
 MOST_WARM_UP = 10  # ... or after so many blocks
-ALONE = 3  # blocks of a contestant's time alone, slow ones aside: these say as much in one
 LONG = 3  # a block of slow calls, SLOW_CALLS or more, ends at so many times the length that it must have
 SLOW_CALLS = 6
 DISTURBANCE = 0.05  # a contestant must reproduce its time alone to within this share
@@ -32,13 +31,15 @@ DISTURBANCE = 0.05  # a contestant must reproduce its time alone to within this 
 class Timing:
     """A block has at least `block_calls` calls (three or more) and `block_s` seconds; `pause_s` of sleep between.
 
-    Where `block_calls` calls take more than LONG * `block_s`, SLOW_CALLS are enough.
+    Where `block_calls` calls take more than LONG * `block_s`, SLOW_CALLS are enough. `alone`: the blocks of a
+    contestant's time alone; slow ones say as much in one.
     """
 
     rounds: int = 3
     block_calls: int = 10
     block_s: float = 0.05
     pause_s: float = 0.02
+    alone: int = 3
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.block_calls <= DROPPED:
@@ -132,7 +133,7 @@ def _alone(call: Call, timing: Timing, clock: Callable[[], float], sleep: Callab
     """Its time without the others, from blocks like those of the rounds: shorter ones would be colder."""
     medians: list[float] = []
     slow = False
-    while len(medians) < ALONE and not slow:
+    while len(medians) < timing.alone and not slow:
         sleep(timing.pause_s)
         start = clock()
         medians.append(median(_block(call, timing, clock)))

@@ -4,7 +4,7 @@ A child has its own process group, writes what it prints to a log file, answers 
 its parent. The parent sleeps while it waits. Whatever happens to a child becomes one WorkerError.
 
 The children of one fork server are alike by some percent of a network's time (docs/gate/study.md), probably as
-libraries lie at the same places: those that are to be a sample are started `fresh`, and load torch themselves.
+libraries lie at the same places: those that are to be a sample come from servers of their own, by number.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ T = TypeVar("T")
 Child = tuple[process.BaseProcess, connection.Connection]
 
 PRELOAD = ["torch", "torchvision", "hydra.utils", "qbench.evaluate", "qbench.measure"]
-SPARE = 2  # fresh children that load torch side by side; one is used at a time
+CAPTURE = ["torch.export._trace"]  # what torch.export loads late, 0.4 s; the fork server alone captures networks
+PAIR = 2  # servers of a number that load torch side by side; one is used at a time
+KEPT = 4  # of them: what nobody has asked for longest ends
 LOADING_S = 300.0  # how long that may take
 TICK_S = 2.0  # how often a waiting parent repeats the last word of a child
 LEAVE_S = 10.0  # how long a child that has answered may take to exit
 LONGEST_SENTENCE = 600
 
 _running: set[process.BaseProcess] = set()
-_spares: list[Child] = []
+_servers: dict[int, Child] = {}  # those that rest, the one that was used last at the end
 _stopped = threading.Event()
 # Threads take turns at starting the fork server, which reads the environment, and at asking whether children live:
 # multiprocessing asks it of all of them when it starts one, and an exit code is read once.
@@ -68,7 +70,7 @@ class WorkerError(RuntimeError):
 @functools.cache
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload([*PRELOAD, *CAPTURE])
     return context
 
 
@@ -89,21 +91,21 @@ def warm_up() -> None:
 
 def stop() -> None:
     """End what nobody needs any more; the fork server would otherwise finish loading torch before it sees that."""
-    end_spares()
+    end_servers()
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if pid is not None:
         os.kill(pid, signal.SIGKILL)
 
 
-def end_spares() -> None:
-    """End the fresh children that nobody has used."""
-    while _spares:
-        child, pipe = _spares.pop()
+def end_servers(left: int = 0) -> None:
+    """End the servers of a number, but for the `left` that were used last."""
+    while len(_servers) > left:
+        child, pipe = _servers.pop(next(iter(_servers)))
         _end(child)
         pipe.close()
 
 
-util.Finalize(None, end_spares, exitpriority=0)  # before multiprocessing waits for them
+util.Finalize(None, end_servers, exitpriority=0)  # before multiprocessing waits for them
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], at_once: int) -> list[T]:
@@ -146,69 +148,92 @@ def run(
     say: Say | None = None,
     timeout_s: float | None = None,
     threads: int | None = None,
-    fresh: bool = False,
+    server: int = 0,
 ) -> dict[str, Any]:
     """Call `package.module:function(**arguments)` in a child, where torch has `threads` threads (None: all).
 
-    A `fresh` one has nothing in common with the others: it takes seconds to load torch. Arguments and result are JSON.
-    A function with a parameter `say` gets one; its texts arrive at `say` here, and the last one again every TICK_S.
+    Children of two servers have nothing in common. Those from 1 on take seconds to load torch, once, and serve one
+    caller at a time; 0 is the fork server. Arguments and result are JSON. A function with a parameter `say` gets one;
+    its texts arrive at `say` here, and the last one again every TICK_S.
     Raises WorkerError for an exception, a crash or a time-out in the child.
     """
     go_on()
     log.parent.mkdir(parents=True, exist_ok=True)
-    child, pipe = _spare() if fresh else _start(_context(), fresh=False)
-    with pipe:
-        try:
-            _running.add(child)
-            with contextlib.suppress(ConnectionError):  # of a child that has died, of which _wait tells
-                pipe.send_bytes(json.dumps([function, arguments, str(log), threads]).encode())
-            answer = _wait(child, pipe, say or (lambda text: None), timeout_s)
+    child, pipe = _server(server) if server else _forked()
+    rests = False
+    try:
+        _running.add(child)
+        with contextlib.suppress(ConnectionError):  # of a child that has died, of which _wait tells
+            pipe.send_bytes(json.dumps([function, arguments, str(log), threads]).encode())
+        answer = _wait(child, pipe, say or (lambda text: None), timeout_s)
+        if server:
+            rests = _has_ended(pipe)
+        else:
             _exit_code(child, LEAVE_S)
-        finally:
-            _running.discard(child)
+    finally:
+        _running.discard(child)
+        if rests:
+            _servers[server] = child, pipe
+            end_servers(left=KEPT)
+        else:
             _end(child)
+            pipe.close()
     if "error" in answer:
         raise WorkerError(answer["error"], tuple(answer["types"]), answer["misuse"])
     result: dict[str, Any] = answer["result"]
     return result
 
 
-def _start(context: multiprocessing.context.BaseContext, fresh: bool) -> Child:
-    """A child that waits for its request at the other end of the pipe; a fresh one says first that it has loaded."""
-    if not fresh:
-        warm_up()
+def _start(context: multiprocessing.context.BaseContext, life: Callable[[connection.Connection], None]) -> Child:
+    """A child that waits for its request at the other end of the pipe."""
     pipe, its_end = context.Pipe()
-    child = context.Process(target=_serve, args=(its_end, fresh))  # type: ignore[attr-defined]
+    child = context.Process(target=life, args=(its_end,))  # type: ignore[attr-defined]
     with its_end, _turn:
         child.start()
     return child, pipe
 
 
-def ready() -> None:
-    """See that there is a fresh child: else SPARE are started, and all have loaded before anything is measured."""
-    while _spares and _exit_code(_spares[-1][0], 0) is not None:  # something has ended it as it rested
-        _spares.pop()[1].close()
-    if not _spares:
-        try:
-            _spares.extend(_start(multiprocessing.get_context("spawn"), fresh=True) for _ in range(SPARE))
-            for child, pipe in _spares:
-                with interrupts.welcome():
-                    loaded = pipe.poll(LOADING_S)
-                if not loaded:
-                    raise WorkerError(f"took more than {LOADING_S:g} s to load torch")
-                try:
-                    pipe.recv_bytes()
-                except EOFError:
-                    raise WorkerError(f"while it loaded torch, {_death(_exit_code(child, LEAVE_S))}") from None
-        except BaseException:
-            end_spares()
-            raise
+def _forked() -> Child:
+    """A child of the fork server."""
+    warm_up()
+    return _start(_context(), _serve)
 
 
-def _spare() -> Child:
-    """A fresh child, out of those that rest."""
-    ready()
-    return _spares.pop()
+def ready(number: int) -> None:
+    """See that the server of a number rests: else a PAIR is started, which load torch before anything is measured."""
+    for dead in [n for n, (child, _) in _servers.items() if _exit_code(child, 0) is not None]:
+        _servers.pop(dead)[1].close()  # something has ended it as it rested
+    if number in _servers:
+        return
+    try:
+        new = [n for n in range(number, number + PAIR) if n not in _servers]
+        _servers.update({n: _start(multiprocessing.get_context("spawn"), _serve_others) for n in new})
+        for child, pipe in [_servers[n] for n in new]:
+            with interrupts.welcome():
+                loaded = pipe.poll(LOADING_S)
+            if not loaded:
+                raise WorkerError(f"took more than {LOADING_S:g} s to load torch")
+            try:
+                pipe.recv_bytes()
+            except EOFError:
+                raise WorkerError(f"while it loaded torch, {_death(_exit_code(child, LEAVE_S))}") from None
+    except BaseException:
+        end_servers()
+        raise
+
+
+def _server(number: int) -> Child:
+    """The server of a number, out of those that rest."""
+    ready(number)
+    return _servers.pop(number)
+
+
+def _has_ended(pipe: connection.Connection) -> bool:
+    """Does a server say in time that the child that has answered is gone?"""
+    try:
+        return pipe.poll(LEAVE_S) and "ended" in json.loads(pipe.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        return False
 
 
 def _wait(child: process.BaseProcess, pipe: connection.Connection, say: Say, timeout_s: float | None) -> dict[str, Any]:
@@ -223,6 +248,8 @@ def _wait(child: process.BaseProcess, pipe: connection.Connection, say: Say, tim
                 message: dict[str, Any] = json.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
                 break
+            if "ended" in message:
+                raise WorkerError(_death(message["ended"]))
             if "say" not in message:
                 return message
             text = message["say"]
@@ -270,19 +297,42 @@ def _kill(child: process.BaseProcess) -> None:
             kill(child.pid, signal.SIGKILL)
 
 
-def _serve(pipe: connection.Connection, fresh: bool) -> None:
-    """The whole life of a child."""
+def _serve(pipe: connection.Connection) -> None:
+    """The whole life of a child of the fork server."""
     os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which then ends this group
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    if fresh:
-        for module in PRELOAD:
-            importlib.import_module(module)
-        pipe.send_bytes(b"loaded")
     gc.freeze()  # what is loaded stays: it takes a quarter of a second to look for garbage in it
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    _answer(pipe, _request(pipe), parent)
+
+
+def _serve_others(pipe: connection.Connection) -> None:
+    """The life of a server of a number: says that it has loaded torch; then a child answers, and it that this ended."""
+    os.setpgid(0, 0)
+    for module in PRELOAD:
+        importlib.import_module(module)
+    gc.freeze()
+    pipe.send_bytes(b"loaded")
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while True:
+        child = multiprocessing.get_context("fork").Process(target=_answer, args=(pipe, _request(pipe), parent))
+        child.start()
+        child.join()
+        pipe.send_bytes(json.dumps({"ended": child.exitcode}).encode())
+
+
+def _request(pipe: connection.Connection) -> bytes:
     try:
-        function, arguments, log, threads = json.loads(pipe.recv_bytes())
-    except EOFError:
-        os._exit(0)  # nobody asks any more
+        return pipe.recv_bytes()
+    except EOFError:  # nobody asks any more
+        os._exit(0)
+
+
+def _answer(pipe: connection.Connection, request: bytes, parent: process.BaseProcess) -> None:
+    """Call what is asked, and send what it returns, or how it failed; end with the parent."""
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    function, arguments, log, threads = json.loads(request)
     _redirect_output(log)
     if threads is not None:
         import torch  # loaded by the fork server
@@ -300,9 +350,7 @@ def _serve(pipe: connection.Connection, fresh: bool) -> None:
     pipe.send_bytes(answer.encode())
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _die_with(parent: process.BaseProcess) -> None:
     parent.join()
     os.killpg(0, signal.SIGKILL)
 

@@ -96,10 +96,9 @@ def test_what_is_told_of_the_training() -> None:
     network = small()
     trainer = Distillation(network, [[IMAGES]], 30, 0.03, said.append)
     quantize_network(network, qbench.Recipe("qat"), [(IMAGES,)], fine_tune=trainer)
-    assert trainer.summary["steps"] == len(trainer.losses) == len(said) == 30
-    assert trainer.summary["losses"] == pytest.approx(trainer.losses, rel=1e-5)
+    assert len(trainer.losses) == len(said) == 30
     assert said[0].startswith("fine-tuning, step 1/30, loss 0.")
-    assert 0 < trainer.summary["relative_weight_change"] < 0.1
+    assert 0 < trainer.weight_change < 0.1
     assert trainer.losses[-1] < 0.9 * trainer.losses[0]
 
 

@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from qbench import bfloat16, evaluate, methods
+from qbench import bfloat16, evaluate, methods, trained_models
 from qbench.config import RECIPE_VALUES
+from qbench.identity import sha256_of
 from qbench.measure import Measure
 from qbench.recipe import AXES, Recipe
 from qbench.saved import load
@@ -318,6 +320,39 @@ def test_the_record_of_a_trained_cell_tells_how(prepared, tmp_path):
     assert "fine_tuning" not in cell(prepared, tmp_path, Recipe())["details"]
 
 
+def test_a_model_is_trained_once_and_kept(prepared, tmp_path):
+    recipe = Recipe(methods.qat(steps=3))
+    first, again = (cell(prepared, tmp_path / name, recipe) for name in ("first", "again"))
+    told = [found["details"]["fine_tuning"] for found in (first, again)]
+    assert [one.pop("from_cache") for one in told] == [False, True]
+    assert told[0] == told[1]
+    assert first["metrics"] == again["metrics"]  # quantize_s too: that of the training
+    assert first["details"]["model_sha256"] == again["details"]["model_sha256"]
+
+
+@pytest.mark.parametrize("suffix", [".qb", ".json"])
+@pytest.mark.parametrize("damage", [lambda old: old[:-9], lambda old: old.replace(b"sha256", b"sha255"), None])
+def test_a_damaged_or_lost_model_is_trained_again(suffix, damage, prepared, tmp_path):
+    recipe = Recipe(methods.qat(steps=4))
+    cell(prepared, tmp_path, recipe)
+    (file,) = Path(prepared["folder"]).glob(f"qat-{sha256_of(recipe.canonical())[:16]}{suffix}")
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    assert not cell(prepared, tmp_path, recipe)["details"]["fine_tuning"]["from_cache"]
+    assert cell(prepared, tmp_path, recipe)["details"]["fine_tuning"]["from_cache"]
+
+
+def test_other_weights_or_sources_train_again(prepared, tmp_path, monkeypatch):
+    recipe = Recipe(methods.qat(steps=5))
+    cell(prepared, tmp_path, recipe)
+    other = {**prepared, "weights_sha256": "0" * 64}
+    assert not cell(other, tmp_path, recipe)["details"]["fine_tuning"]["from_cache"]
+    monkeypatch.setattr(trained_models, "sources_hash", lambda *modules: "other")
+    assert not cell(other, tmp_path, recipe)["details"]["fine_tuning"]["from_cache"]
+
+
 def test_a_cell_that_trains_says_how_far_it_is(prepared, tmp_path):
     said = []
     recipe = recipe_config(Recipe(methods.qat(steps=2)))
@@ -367,7 +402,7 @@ def test_the_effective_granularity_is_that_of_the_scales(prepared, tmp_path, rec
     assert cell(prepared, tmp_path, recipe)["granularity_effective"] == effective
 
 
-@pytest.mark.parametrize("recipe", [Recipe("ptsq", observer="entropy"), Recipe("qat")], ids=["ptsq", "qat"])
+@pytest.mark.parametrize("recipe", [Recipe("ptsq", observer="entropy"), Recipe(methods.qat(steps=7))], ids=["ptsq", "qat"])
 def test_nothing_of_the_evaluation_split_reaches_calibration(prepared, tmp_path, monkeypatch, recipe):
     """Every tensor that quantizing a network sees, against every evaluation example."""
     seen = []

@@ -136,7 +136,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", TEMPORARY)
     monkeypatch.setenv("TMPDIR", TEMPORARY)  # for processes of its own
     monkeypatch.setattr(workers, "stop", lambda: None)  # the fork server is started once
-    monkeypatch.setattr(workers, "_spare", lambda: workers._start(workers._context(), fresh=False))  # no 3 s each
+    monkeypatch.setattr(workers, "_server", lambda number: workers._forked())  # no 3 s each
     monkeypatch.setattr(speed, "LEAST", 2)
     monkeypatch.setattr(sampling, "MOST", 4)
     return tmp_path

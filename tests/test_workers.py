@@ -150,8 +150,10 @@ def test_the_next_child_runs_after_a_crash(tmp_path):
     assert run(answers, tmp_path, number=4) == {"number": 5}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_children_die_with_their_parent(number, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "server"), [(signal.SIGKILL, 0), (signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 1)]
+)
+def test_children_die_with_their_parent(number, server, tmp_path):
     """Also when it has no chance to end them, and also what they have started themselves."""
     pids = tmp_path / "pids"
     code = f"""
@@ -159,7 +161,9 @@ def test_children_die_with_their_parent(number, tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from qbench import workers
-        workers.run("{HERE}:starts_a_process", {{"pids": {str(pids)!r}}}, log=Path({str(tmp_path / "log.txt")!r}))
+        if __name__ == "__main__":
+            log = Path({str(tmp_path / "log.txt")!r})
+            workers.run("{HERE}:starts_a_process", {{"pids": {str(pids)!r}}}, log=log, server={server})
     """
     parent = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -204,22 +208,40 @@ def test_a_child_has_the_threads_that_it_is_given(tmp_path):
     assert workers.run(f"{HERE}:threads_of_torch", {}, log=log, threads=1) == {"threads": 1}
 
 
-def test_fresh_children_have_no_fork_server_and_load_torch_before_they_are_asked(tmp_path):
+def test_servers_of_a_number_load_torch_once_and_have_nothing_in_common(tmp_path):
     log = tmp_path / "log.txt"
-    started = [workers.run(f"{HERE}:parent_and_torch", {}, log=log, fresh=True) for _ in range(3)]
-    assert started == [{"parent": os.getpid(), "torch": True}] * 3
-    assert len(workers._spares) == 1  # of the second pair
-    pid = workers._spares[0][0].pid
-    workers.end_spares()
-    assert not workers._spares
-    assert not _alive(pid)
+    asked = [workers.run(f"{HERE}:parent_and_torch", {}, log=log, server=number) for number in (1, 2, 1)]
+    servers = {number: child.pid for number, (child, _) in workers._servers.items()}
+    assert asked == [{"parent": servers[number], "torch": True} for number in (1, 2, 1)]
+    assert len(set(servers.values())) == 2
+    workers.end_servers(left=1)
+    assert not _alive(servers[2])
+    workers.end_servers()
+    assert not workers._servers
+    assert not _alive(servers[1])
 
 
-def test_a_fresh_child_that_cannot_load_is_a_sentence(tmp_path, monkeypatch):
+def test_a_server_outlives_errors_and_not_crashes_and_is_started_again(tmp_path):
+    log = tmp_path / "log.txt"
+    with pytest.raises(WorkerError, match="one"):
+        workers.run(f"{HERE}:raises_over_two_lines", {}, log=log, server=1)
+    first = workers._servers[1][0].pid
+    with pytest.raises(WorkerError, match="crashed"):
+        workers.run(f"{HERE}:segfaults", {}, log=log, server=1)
+    assert 1 not in workers._servers
+    assert not _alive(first)
+    with pytest.raises(WorkerError, match="stopped after 1 s"):
+        workers.run(f"{HERE}:sleeps", {}, log=log, server=1, timeout_s=1)
+    assert 1 not in workers._servers
+    workers.run(f"{HERE}:parent_and_torch", {}, log=log, server=1)
+    workers.end_servers()
+
+
+def test_a_server_that_cannot_load_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "LOADING_S", 0.01)
     with pytest.raises(WorkerError, match=r"took more than 0\.01 s to load torch"):
-        workers.run(f"{HERE}:parent_and_torch", {}, log=tmp_path / "log.txt", fresh=True)
-    workers.end_spares()
+        workers.run(f"{HERE}:parent_and_torch", {}, log=tmp_path / "log.txt", server=1)
+    assert not workers._servers
 
 
 def test_a_waiting_parent_sleeps(tmp_path):
