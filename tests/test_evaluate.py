@@ -402,7 +402,9 @@ def test_the_effective_granularity_is_that_of_the_scales(prepared, tmp_path, rec
     assert cell(prepared, tmp_path, recipe)["granularity_effective"] == effective
 
 
-@pytest.mark.parametrize("recipe", [Recipe("ptsq", observer="entropy"), Recipe(methods.qat(steps=7))], ids=["ptsq", "qat"])
+@pytest.mark.parametrize(
+    "recipe", [Recipe("ptsq", observer="entropy"), Recipe(methods.qat(steps=7))], ids=["ptsq", "qat"]
+)
 def test_nothing_of_the_evaluation_split_reaches_calibration(prepared, tmp_path, monkeypatch, recipe):
     """Every tensor that quantizing a network sees, against every evaluation example."""
     seen = []
