@@ -49,13 +49,13 @@ class Work:
 def answer(cells: Sequence[Cell], results: Path, say: Say) -> list[Record]:
     """Quantize each network and score it, weigh its memory; time all beside each other and fp32; write the records.
 
-    The cells are of one task, backend and measurement, or a single one. A crash, a time-out, an error in a child is a
-    `failed` record; a task that cannot be had here a `skipped` one.
+    The cells are a group of `together`. A crash, a time-out, an error in a child is a `failed` record; a task that
+    cannot be had here a `skipped` one.
     """
     works = begin(cells, results, say)
-    alive = [work for work in works if work.error is None]
-    for index in range(timed(cells[0]).processes):
-        time_once(alive, index, results, say)
+    for side_by_side in [[work] for work in works] if cells[0].alone else [works]:
+        for index in range(timed(cells[0]).processes):
+            time_once(side_by_side, index, results, say)
     return [finish(work) for work in works]
 
 
@@ -160,25 +160,30 @@ def _score(work: Work, say: Say) -> dict[str, Any]:
 
 
 def together(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Groups of cells that are timed side by side: of one task, one engine and one measurement, SIDE_BY_SIDE at most.
+    """Groups of cells that are answered together, SIDE_BY_SIDE at most: of one engine and one measurement.
 
-    They share the processes and fp32.
+    They are fp32 cells, or timed side by side: of one task, in the same processes, against the same fp32.
     """
 
     def kind(cell: Cell) -> tuple[str, ...]:
-        return (cell.question,) if cell.alone else (cell.task_id, repr(cell.measure), cell.recipe.backend.name)
+        return (repr(cell.measure), cell.recipe.backend.name, "fp32" if cell.is_baseline else cell.task_id)
 
-    groups: list[list[Cell]] = []
-    for _, alike in itertools.groupby(cells, kind):
-        group = list(alike)
-        groups += [group[first : first + SIDE_BY_SIDE] for first in range(0, len(group), SIDE_BY_SIDE)]
-    return groups
+    def most(group: Sequence[Cell]) -> int:
+        return 1 if group[0].recipe.backend.alone else SIDE_BY_SIDE
+
+    groups = [list(alike) for _, alike in itertools.groupby(cells, kind)]
+    return [group[first : first + most(group)] for group in groups for first in range(0, len(group), most(group))]
+
+
+def _contests(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Groups of cells of which each is timed against all others of its group."""
+    return [group for cells in together(cells) for group in ([[c] for c in cells] if cells[0].alone else [cells])]
 
 
 def _time(works: Sequence[Work], index: int, results: Path, say: Say) -> list[dict[str, Any]]:
     """What one of the processes whose ratios make the intervals of the speed-ups says of each cell."""
     programs = {work.cell.question: str(_program(work)) for work in works}
-    groups, most = together([work.cell for work in works]), max(timed(work.cell).processes for work in works)
+    groups, most = _contests([work.cell for work in works]), max(timed(work.cell).processes for work in works)
     limit = sum(work.cell.measure.timeout_s for work in works)
     asked = [_to_time(group, programs, index, results) for group in groups]
     say(f"timing, process {index + 1}" + (f" of {most}" if index < most else ""))
