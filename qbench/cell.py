@@ -7,14 +7,14 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qbench import identity, latency, timing_lock, workers
+from qbench import backends, identity, latency, timing_lock, workers
 from qbench.config import RECIPE_VALUES
 from qbench.measure import Measure
 from qbench.plan import Cell
@@ -25,6 +25,7 @@ from qbench.workers import Say, WorkerError
 
 LOG = "log.txt"
 TIME = "qbench.measure:time_groups"
+LOAD = "qbench.evaluate:load_network"
 UNAVAILABLE = "TaskUnavailable"  # the exception by which a task says that it cannot be had here
 LACKING = "RecipeUnavailable"  # the one by which a peer says that it has no such recipe
 SIDE_BY_SIDE = 6  # cells that are answered together: what a kill can lose
@@ -65,21 +66,45 @@ def begin(cells: Sequence[Cell], results: Path, say: Say) -> list[Work]:
     Nothing is timed yet: as many at once as there are cores for.
     """
     at_once = max(1, min(len(cells), identity.answering_environment()["threads"] // threads_of_each()))
+    works = [Work(cell, _empty_folder(run_folder(results, cell.key)), datetime.now(UTC)) for cell in cells]
 
-    def one(cell: Cell) -> Work:
-        work = Work(cell, _empty_folder(run_folder(results, cell.key)), datetime.now(UTC))
-
+    def one(work: Work, server: int | str) -> None:
         def tell(text: str) -> None:
             workers.go_on()
-            say(text if len(cells) == 1 else f"{cell.name}: {text}")
+            say(text if len(cells) == 1 else f"{work.cell.name}: {text}")
 
+        work.started = datetime.now(UTC)
         with _stage(work, at_once=at_once):
-            work.baselines = _baselines(cell, results)
-            work.scored = _score(work, tell)
+            work.baselines = _baselines(work.cell, results)
+            work.scored = _score(work, tell, server)
             work.weighed = weigh(work, tell)
-        return work
 
-    return workers.side_by_side([partial(one, cell) for cell in cells], at_once)
+    def some(works: Sequence[Work]) -> None:
+        with _loaded(works, at_once, say) as server:
+            for work in works:
+                one(work, server)
+
+    alike = len({(work.cell.task_id, work.cell.recipe.backend.evaluate) for work in works}) == 1
+    parts = [works[first::at_once] for first in range(at_once)] if alike else [[work] for work in works]
+    workers.side_by_side([partial(some, part) for part in parts if part], at_once)
+    return works
+
+
+@contextmanager
+def _loaded(works: Sequence[Work], at_once: int, say: Say) -> Iterator[int | str]:
+    """A server whose children have the network of their task before them; for a single cell any."""
+    cell, clock = works[0].cell, time.monotonic()
+    own = cell.recipe.backend.evaluate == backends.OWN_EVALUATION
+    if len(works) == 1 or not own or cell.prepared is None or cell.prepared.error is not None:
+        yield 0
+        return
+    with ExitStack() as stack:
+        with timing_lock.machine(alone=False, say=say):
+            log, limit = works[0].folder / LOG, cell.measure.timeout_s
+            server = stack.enter_context(workers.warmed(LOAD, _task(cell), log=log, timeout_s=limit))
+        for work in works:
+            work.seconds += (time.monotonic() - clock) / len(works) / at_once
+        yield server
 
 
 def threads_of_each() -> int:
@@ -150,13 +175,13 @@ def _baselines(cell: Cell, results: Path) -> Mapping[str, Any] | None:
     return found
 
 
-def _score(work: Work, say: Say) -> dict[str, Any]:
+def _score(work: Work, say: Say, server: int | str) -> dict[str, Any]:
     """Quantize, save the backend's program in the folder, evaluate, write the other artifacts."""
     cell, backend = work.cell, work.cell.recipe.backend
     recipe = {name: cell.job.values[name] for name in (*AXES, *RECIPE_VALUES)}
     arguments = {**_task(cell), "recipe_config": recipe, "measure_config": _measure(cell), "folder": str(work.folder)}
     with timing_lock.machine(alone=backend.alone, say=say):
-        return _run(backend.evaluate, arguments, work, say)
+        return _run(backend.evaluate, arguments, work, say, server)
 
 
 def together(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -235,10 +260,10 @@ def _program(work: Work) -> Path:
     return program
 
 
-def _run(function: str, arguments: dict[str, Any], work: Work, say: Say) -> dict[str, Any]:
-    limit = work.cell.measure.timeout_s
+def _run(function: str, arguments: dict[str, Any], work: Work, say: Say, server: int | str = 0) -> dict[str, Any]:
     threads = None if work.cell.recipe.backend.alone else threads_of_each()
-    return workers.run(function, arguments, log=work.folder / LOG, say=say, timeout_s=limit, threads=threads)
+    log, limit = work.folder / LOG, work.cell.measure.timeout_s
+    return workers.run(function, arguments, log=log, say=say, timeout_s=limit, threads=threads, server=server)
 
 
 def _task(cell: Cell) -> dict[str, Any]:

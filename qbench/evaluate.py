@@ -131,9 +131,7 @@ def evaluate(
     recipe = recipe_from(recipe_config)
     measure = Measure.of(measure_config)
     say("quantizing")
-    model = fp32_model(task_config, prepared)
-    calibration = calibration_of(task)
-    network = capture(model, calibration[0])
+    calibration, network = _loaded.get(_asked(task_config, prepared)) or _load(task, task_config, prepared)
     path = Path(folder) / "model.qb"
     kept = KeptModel(task_config, prepared, recipe) if recipe.method.trains else None
     data, quantize_s, training = _quantized(task, network, recipe, calibration, kept, say)
@@ -163,6 +161,26 @@ def evaluate(
         "details": {**found["details"], "float_ops": saved.float_ops, **identity_of(saved, path)},
         "environment": recipe.backend.environment(),
     }
+
+
+_loaded: dict[str, tuple[list[tuple[Tensor, ...]], Network]] = {}  # calibration data and captured network
+
+
+def load_network(task_config: dict[str, Any], prepared: dict[str, Any]) -> None:
+    """Have ready what all cells of a task begin with: for a process from which theirs start."""
+    task = task_of(task_config, Path(prepared["folder"]).parent)
+    _loaded[_asked(task_config, prepared)] = _load(task, task_config, prepared)
+
+
+def _asked(task_config: dict[str, Any], prepared: dict[str, Any]) -> str:
+    return json.dumps([task_config, prepared], sort_keys=True)
+
+
+def _load(
+    task: Task, task_config: dict[str, Any], prepared: dict[str, Any]
+) -> tuple[list[tuple[Tensor, ...]], Network]:
+    calibration = calibration_of(task)
+    return calibration, capture(fp32_model(task_config, prepared), calibration[0])
 
 
 def _quantized(

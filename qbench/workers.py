@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from multiprocessing import connection, forkserver, process, util
 from pathlib import Path
@@ -48,7 +48,8 @@ LEAVE_S = 10.0  # how long a child that has answered may take to exit
 LONGEST_SENTENCE = 600
 
 _running: set[process.BaseProcess] = set()
-_servers: dict[int, Child] = {}  # those that rest, the one that was used last at the end
+_servers: dict[int, Child] = {}  # those of a number that rest, the one that was used last at the end
+_warmed: dict[str, Child] = {}  # those that have called a function, and rest
 _stopped = threading.Event()
 # Threads take turns at starting the fork server, which reads the environment, and at asking whether children live:
 # multiprocessing asks it of all of them when it starts one, and an exit code is read once.
@@ -148,33 +149,32 @@ def run(
     say: Say | None = None,
     timeout_s: float | None = None,
     threads: int | None = None,
-    server: int = 0,
+    server: int | str = 0,
 ) -> dict[str, Any]:
     """Call `package.module:function(**arguments)` in a child, where torch has `threads` threads (None: all).
 
     Children of two servers have nothing in common. Those from 1 on take seconds to load torch, once, and serve one
-    caller at a time; 0 is the fork server. Arguments and result are JSON. A function with a parameter `say` gets one;
-    its texts arrive at `say` here, and the last one again every TICK_S.
+    caller at a time; 0 is the fork server, a name one of `warmed`. Arguments and result are JSON. A function with a
+    parameter `say` gets one; its texts arrive at `say` here, and the last one again every TICK_S.
     Raises WorkerError for an exception, a crash or a time-out in the child.
     """
     go_on()
     log.parent.mkdir(parents=True, exist_ok=True)
-    child, pipe = _server(server) if server else _forked()
+    (child, pipe), serves = _taken(server)
     rests = False
     try:
         _running.add(child)
         with contextlib.suppress(ConnectionError):  # of a child that has died, of which _wait tells
             pipe.send_bytes(json.dumps([function, arguments, str(log), threads]).encode())
         answer = _wait(child, pipe, say or (lambda text: None), timeout_s)
-        if server:
+        if serves:
             rests = _has_ended(pipe)
         else:
             _exit_code(child, LEAVE_S)
     finally:
         _running.discard(child)
         if rests:
-            _servers[server] = child, pipe
-            end_servers(left=KEPT)
+            _rest(server, (child, pipe))
         else:
             _end(child)
             pipe.close()
@@ -184,10 +184,52 @@ def run(
     return result
 
 
-def _start(context: multiprocessing.context.BaseContext, life: Callable[[connection.Connection], None]) -> Child:
+@contextlib.contextmanager
+def warmed(function: str, arguments: dict[str, Any], *, log: Path, timeout_s: float | None) -> Iterator[str]:
+    """The name of a server whose children find what a call in it has left behind: what each would have to do first.
+
+    It runs on one thread: threads would be lost on those who start from there. Where the call fails, children do
+    without; where it crashes, or takes too long, they come from the fork server.
+    """
+    go_on()
+    warm_up()
+    child, pipe = _start(_context(), _serve_others, (function, arguments, str(log)))
+    name = f"{function} {child.pid}"
+    _running.add(child)
+    try:
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            if pipe.poll(timeout_s):
+                pipe.recv_bytes()
+                _warmed[name] = child, pipe
+        yield name
+    finally:
+        _running.discard(child)
+        _warmed.pop(name, None)
+        _end(child)
+        pipe.close()
+
+
+def _taken(server: int | str) -> tuple[Child, bool]:
+    """A child to ask, and whether it is a server that rests again afterwards."""
+    if isinstance(server, str) and server in _warmed:
+        return _warmed.pop(server), True
+    if isinstance(server, int) and server > 0:
+        return _server(server), True
+    return _forked(), False
+
+
+def _rest(server: int | str, child: Child) -> None:
+    if isinstance(server, str):
+        _warmed[server] = child
+    else:
+        _servers[server] = child
+        end_servers(left=KEPT)
+
+
+def _start(context: multiprocessing.context.BaseContext, life: Callable[..., None], *arguments: Any) -> Child:
     """A child that waits for its request at the other end of the pipe."""
     pipe, its_end = context.Pipe()
-    child = context.Process(target=life, args=(its_end,))  # type: ignore[attr-defined]
+    child = context.Process(target=life, args=(its_end, *arguments))  # type: ignore[attr-defined]
     with its_end, _turn:
         child.start()
     return child, pipe
@@ -306,11 +348,22 @@ def _serve(pipe: connection.Connection) -> None:
     _answer(pipe, _request(pipe), parent)
 
 
-def _serve_others(pipe: connection.Connection) -> None:
-    """The life of a server of a number: says that it has loaded torch; then a child answers, and it that this ended."""
+def _serve_others(pipe: connection.Connection, first: tuple[str, dict[str, Any], str] | None = None) -> None:
+    """The life of a server: says that it has loaded torch, and made its `first` call (function, arguments, log).
+
+    Then, again and again, a child answers, and it says that this has ended.
+    """
     os.setpgid(0, 0)
     for module in PRELOAD:
         importlib.import_module(module)
+    if first is not None:
+        function, arguments, log = first
+        _redirect_output(log)
+        _set_threads(1)
+        try:
+            _function(function)(**arguments)
+        except Exception:  # noqa: BLE001 - children do it again, and answer for it
+            traceback.print_exc()
     gc.freeze()
     pipe.send_bytes(b"loaded")
     parent = multiprocessing.parent_process()
@@ -335,12 +388,9 @@ def _answer(pipe: connection.Connection, request: bytes, parent: process.BasePro
     function, arguments, log, threads = json.loads(request)
     _redirect_output(log)
     if threads is not None:
-        import torch  # loaded by the fork server
-
-        torch.set_num_threads(threads)
-    module, _, name = function.partition(":")
+        _set_threads(threads)
     try:
-        target = getattr(importlib.import_module(module), name)
+        target = _function(function)
         listens = "say" in inspect.signature(target).parameters
         say = {"say": lambda text: pipe.send_bytes(json.dumps({"say": text}).encode())} if listens else {}
         answer = json.dumps({"result": target(**arguments, **say)}, allow_nan=False)
@@ -348,6 +398,18 @@ def _answer(pipe: connection.Connection, request: bytes, parent: process.BasePro
         traceback.print_exc()
         answer = json.dumps(_failure(error))
     pipe.send_bytes(answer.encode())
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, name = name.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _set_threads(number: int) -> None:
+    import torch  # loaded by the server
+
+    torch.set_num_threads(number)
 
 
 def _die_with(parent: process.BaseProcess) -> None:

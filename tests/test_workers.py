@@ -35,10 +35,31 @@ def parent_and_torch():
     return {"parent": os.getppid(), "torch": "torch" in sys.modules}
 
 
+FOUND: list[int] = []
+
+
+def finds(number):
+    FOUND.append(number)
+    return {"found": FOUND}
+
+
+def fails_after_half(number):
+    FOUND.append(number)
+    raise ValueError("too much")
+
+
 def segfaults():
     import ctypes
 
     ctypes.string_at(0)
+
+
+def segfaults_at(number):
+    segfaults()
+
+
+def sleeps_at(number):
+    sleeps()
 
 
 def is_killed():
@@ -235,6 +256,26 @@ def test_a_server_outlives_errors_and_not_crashes_and_is_started_again(tmp_path)
     assert 1 not in workers._servers
     workers.run(f"{HERE}:parent_and_torch", {}, log=log, server=1)
     workers.end_servers()
+
+
+def test_children_of_a_warmed_server_find_what_it_has_loaded_and_not_each_other(tmp_path):
+    log = tmp_path / "log.txt"
+    with workers.warmed(f"{HERE}:finds", {"number": 1}, log=log, timeout_s=60) as server:
+        found = [workers.run(f"{HERE}:finds", {"number": n}, log=log, server=server)["found"] for n in (2, 3)]
+        assert found == [[1, 2], [1, 3]]
+        with pytest.raises(WorkerError, match="crashed"):
+            workers.run(f"{HERE}:segfaults", {}, log=log, server=server)
+        assert workers.run(f"{HERE}:finds", {"number": 4}, log=log, server=server) == {"found": [4]}
+    assert not workers._warmed
+
+
+@pytest.mark.parametrize(
+    ("function", "left"), [("fails_after_half", [1, 2]), ("segfaults_at", [2]), ("sleeps_at", [2])]
+)
+def test_children_do_without_what_could_not_be_loaded(function, left, tmp_path):
+    log = tmp_path / "log.txt"
+    with workers.warmed(f"{HERE}:{function}", {"number": 1}, log=log, timeout_s=3) as server:
+        assert workers.run(f"{HERE}:finds", {"number": 2}, log=log, server=server) == {"found": left}
 
 
 def test_a_server_that_cannot_load_is_a_sentence(tmp_path, monkeypatch):
