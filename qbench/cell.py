@@ -100,6 +100,7 @@ def _loaded(works: Sequence[Work], at_once: int, say: Say) -> Iterator[int | str
         return
     with ExitStack() as stack:
         with timing_lock.machine(alone=False, say=say):
+            say("capturing the network")
             log, limit = works[0].folder / LOG, cell.measure.timeout_s
             server = stack.enter_context(workers.warmed(LOAD, _task(cell), log=log, timeout_s=limit))
         for work in works:
