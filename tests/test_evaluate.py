@@ -330,8 +330,11 @@ def test_a_model_is_trained_once_and_kept(prepared, tmp_path):
     assert first["details"]["model_sha256"] == again["details"]["model_sha256"]
 
 
-@pytest.mark.parametrize("suffix", [".qb", ".json"])
-@pytest.mark.parametrize("damage", [lambda old: old[:-9], lambda old: old.replace(b"sha256", b"sha255"), None])
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [(".qb", lambda old: old[:-9]), (".json", lambda old: old[:-9]), (".json", None)],
+    ids=["model", "voucher", "lost"],
+)
 def test_a_damaged_or_lost_model_is_trained_again(suffix, damage, prepared, tmp_path):
     recipe = Recipe(methods.qat(steps=4))
     cell(prepared, tmp_path, recipe)

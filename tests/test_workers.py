@@ -242,7 +242,8 @@ def test_servers_of_a_number_load_torch_once_and_have_nothing_in_common(tmp_path
     assert not _alive(servers[1])
 
 
-def test_a_server_outlives_errors_and_not_crashes_and_is_started_again(tmp_path):
+def test_a_server_outlives_errors_and_not_crashes_and_is_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PAIR", 1)
     log = tmp_path / "log.txt"
     with pytest.raises(WorkerError, match="one"):
         workers.run(f"{HERE}:raises_over_two_lines", {}, log=log, server=1)
@@ -274,7 +275,7 @@ def test_children_of_a_warmed_server_find_what_it_has_loaded_and_not_each_other(
 )
 def test_children_do_without_what_could_not_be_loaded(function, left, tmp_path):
     log = tmp_path / "log.txt"
-    with workers.warmed(f"{HERE}:{function}", {"number": 1}, log=log, timeout_s=3) as server:
+    with workers.warmed(f"{HERE}:{function}", {"number": 1}, log=log, timeout_s=1) as server:
         assert workers.run(f"{HERE}:finds", {"number": 2}, log=log, server=server) == {"found": left}
 
 
