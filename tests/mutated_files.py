@@ -240,21 +240,22 @@ def outcome(path: Path, inputs: list[Tensor]) -> str:
     return "ran"
 
 
-def main(path: Path, first: int, count: int) -> None:
+def main(paths: list[Path], first: int, count: int) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = path.read_bytes()
-    inputs = inputs_of(parts(data)[0])
-    assert outcome(path, inputs) == "ran"
+    files = [(path, data, inputs_of(parts(data)[0])) for path in paths for data in [path.read_bytes()]]
+    for path, _, inputs in files:
+        assert outcome(path, inputs) == "ran"
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-    file = path.with_name(f"mutated_{path.name}")
-    for number in range(first, first + count):
-        print(number, end=" ", flush=True)
-        file.write_bytes(mutated(data, number))
-        print(outcome(file, inputs), flush=True)
+    for path, data, inputs in files:
+        file = path.with_name(f"mutated_{path.name}")
+        for number in range(first, first + count):
+            print(path.stem, number, end=" ", flush=True)
+            file.write_bytes(mutated(data, number))
+            print(outcome(file, inputs), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main([Path(word) for word in sys.argv[3:]], int(sys.argv[1]), int(sys.argv[2]))
