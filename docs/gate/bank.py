@@ -108,10 +108,10 @@ def seconds_of(works: dict[str, list[Work]], results: Path) -> dict[str, float]:
     """How long a process takes to start, and to time all cells; from some of them."""
     spent: dict[str, list[float]] = {"loading": [], "timing": []}
     for _ in range(3):
-        workers.end_spares()
+        workers.end_servers()
         clock = time.monotonic()
-        workers.ready()
-        spent["loading"].append((time.monotonic() - clock) / workers.SPARE)
+        workers.ready(1)
+        spent["loading"].append((time.monotonic() - clock) / workers.PAIR)
         clock = time.monotonic()
         _process(works, 1, results, Progress())
         spent["timing"].append(time.monotonic() - clock)
@@ -143,7 +143,8 @@ def _loops(work: Work, index: int, progress: Progress) -> dict[str, list[float]]
         "process_index": index,
     }
     with timing_lock.machine(alone=True, say=progress.say):
-        times = workers.run("bank:time_loops", arguments, log=work.folder / "loops.txt", say=progress.say, fresh=True)
+        log, server = work.folder / "loops.txt", max(index, 1)
+        times = workers.run("bank:time_loops", arguments, log=log, say=progress.say, server=server)
     return {name: _rounded(ms) for name, ms in times["medians_ms"].items()}
 
 
