@@ -25,10 +25,10 @@ from qbench.workers import Say, WorkerError
 
 LOG = "log.txt"
 TIME = "qbench.measure:time_groups"
-LOAD = "qbench.evaluate:load_network"
+LOAD = "qbench.evaluate:begin"
 UNAVAILABLE = "TaskUnavailable"  # the exception by which a task says that it cannot be had here
 LACKING = "RecipeUnavailable"  # the one by which a peer says that it has no such recipe
-SIDE_BY_SIDE = 6  # cells that are answered together: what a kill can lose
+SIDE_BY_SIDE = 12  # cells that are answered together: what a kill can lose
 NO_FP32 = "NoBaseline"  # the kind of failure that follows from the fp32 cell's
 
 
@@ -54,9 +54,8 @@ def answer(cells: Sequence[Cell], results: Path, say: Say) -> list[Record]:
     cannot be had here a `skipped` one.
     """
     works = begin(cells, results, say)
-    for side_by_side in [[work] for work in works] if cells[0].alone else [works]:
-        for index in range(timed(cells[0]).processes):
-            time_once(side_by_side, index, results, say)
+    for index in range(timed(cells[0]).processes):
+        time_once(works, index, results, say)
     return [finish(work) for work in works]
 
 
@@ -203,7 +202,7 @@ def together(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 def _contests(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Groups of cells of which each is timed against all others of its group."""
-    return [group for cells in together(cells) for group in ([[c] for c in cells] if cells[0].alone else [cells])]
+    return [some for group in together(cells) for some in ([[c] for c in group] if group[0].is_baseline else [group])]
 
 
 def _time(works: Sequence[Work], index: int, results: Path, say: Say) -> list[dict[str, Any]]:

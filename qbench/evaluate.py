@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +132,17 @@ def evaluate(
     recipe = recipe_from(recipe_config)
     measure = Measure.of(measure_config)
     say("quantizing")
-    calibration, network = _loaded.get(_asked(task_config, prepared)) or _load(task, task_config, prepared)
+    begun = _beginnings.get(_asked(task_config, prepared)) or Beginning.of(task, task_config, prepared)
+    calibration, network = begun.calibration, begun.network
     path = Path(folder) / "model.qb"
     kept = KeptModel(task_config, prepared, recipe) if recipe.method.trains else None
     data, quantize_s, training = _quantized(task, network, recipe, calibration, kept, say)
     write_atomic(path, data)
     saved = load(path, recipe.backend.name)
-    examples = task.evaluation().first(measure.examples)
+    examples = begun.evaluation.first(measure.examples)
     outputs = run(saved, examples, measure.eval_batch, say)
     found = score(task, examples, outputs, Path(prepared["folder"]), say)
-    fp32_bytes = len(dump(quantize_network(network, dataclasses.replace(recipe, method="fp32"))))
-    found["metrics"] |= {"size_bytes": saved.size_bytes, "size_ratio": saved.size_bytes / fp32_bytes}
+    found["metrics"] |= {"size_bytes": saved.size_bytes, "size_ratio": saved.size_bytes / begun.fp32_bytes}
     found["metrics"] |= {"quantize_s": quantize_s}
     if saved.macs.int8_fraction is not None:
         found["metrics"]["int8_mac_fraction"] = saved.macs.int8_fraction
@@ -163,24 +164,35 @@ def evaluate(
     }
 
 
-_loaded: dict[str, tuple[list[tuple[Tensor, ...]], Network]] = {}  # calibration data and captured network
+@dataclass(frozen=True)
+class Beginning:
+    """What all cells of a task begin with: its data, the captured network, and the size of its file as fp32."""
+
+    calibration: list[tuple[Tensor, ...]]
+    evaluation: Examples
+    network: Network
+    fp32_bytes: int
+
+    @classmethod
+    def of(cls, task: Task, task_config: dict[str, Any], prepared: dict[str, Any]) -> Beginning:
+        """Load and capture."""
+        calibration = calibration_of(task)
+        network = capture(fp32_model(task_config, prepared), calibration[0])
+        fp32_bytes = len(dump(quantize_network(network, Recipe(method="fp32"))))
+        return cls(calibration, task.evaluation(), network, fp32_bytes)
 
 
-def load_network(task_config: dict[str, Any], prepared: dict[str, Any]) -> None:
-    """Have ready what all cells of a task begin with: for a process from which theirs start."""
+_beginnings: dict[str, Beginning] = {}
+
+
+def begin(task_config: dict[str, Any], prepared: dict[str, Any]) -> None:
+    """Have the beginning ready: for a process from which those of a task's cells start."""
     task = task_of(task_config, Path(prepared["folder"]).parent)
-    _loaded[_asked(task_config, prepared)] = _load(task, task_config, prepared)
+    _beginnings[_asked(task_config, prepared)] = Beginning.of(task, task_config, prepared)
 
 
 def _asked(task_config: dict[str, Any], prepared: dict[str, Any]) -> str:
     return json.dumps([task_config, prepared], sort_keys=True)
-
-
-def _load(
-    task: Task, task_config: dict[str, Any], prepared: dict[str, Any]
-) -> tuple[list[tuple[Tensor, ...]], Network]:
-    calibration = calibration_of(task)
-    return calibration, capture(fp32_model(task_config, prepared), calibration[0])
 
 
 def _quantized(

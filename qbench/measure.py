@@ -77,13 +77,12 @@ class Measure:
 
     @property
     def timing(self) -> Timing:
-        """The part that says how blocks are timed; those of a time alone are shared among the processes."""
+        """The part that says how blocks are timed."""
         return Timing(
             rounds=self.rounds,
             block_calls=self.block_calls,
             block_s=self.block_ms / 1e3,
             pause_s=self.pause_ms / 1e3,
-            alone=max(1, Timing.alone // self.processes),
         )
 
 

@@ -60,11 +60,6 @@ class Cell:
         return self.question == self.baseline
 
     @property
-    def alone(self) -> bool:
-        """Has it processes of its own, as an fp32 cell with its compiler and a peer's runtime need them?"""
-        return self.is_baseline or self.recipe.backend.alone
-
-    @property
     def task(self) -> dict[str, Any]:
         """The task's configuration."""
         node: dict[str, Any] = self.job.values["task"]

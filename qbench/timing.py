@@ -31,15 +31,13 @@ DISTURBANCE = 0.05  # a contestant must reproduce its time alone to within this 
 class Timing:
     """A block has at least `block_calls` calls (three or more) and `block_s` seconds; `pause_s` of sleep between.
 
-    Where `block_calls` calls take more than LONG * `block_s`, SLOW_CALLS are enough. `alone`: the blocks of a
-    contestant's time alone; slow ones say as much in one.
+    Where `block_calls` calls take more than LONG * `block_s`, SLOW_CALLS are enough.
     """
 
     rounds: int = 3
     block_calls: int = 10
     block_s: float = 0.05
     pause_s: float = 0.02
-    alone: int = 3
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.block_calls <= DROPPED:
@@ -50,9 +48,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Milliseconds by contestant: kept single calls, one median a round, and the median alone, before the rounds.
+    """Milliseconds by contestant: kept single calls, one median a round, and the median alone, as the warm-up ended.
 
-    `settled` says whether the warm-up ended by its rule.
+    `settled` says whether that was by its rule.
     """
 
     calls_ms: dict[str, list[float]]
@@ -93,8 +91,7 @@ def time_blocks(
     with no_garbage_collection():
         settled, alone = {}, {}
         for name, call in contestants.items():
-            settled[name] = _warm_up(call, timing, clock, sleep)
-            alone[name] = _alone(call, timing, clock, sleep)
+            settled[name], alone[name] = _warm_up(call, timing, clock, sleep)
         for _ in range(timing.rounds):
             for name in order.sample(list(contestants), len(contestants)):
                 sleep(timing.pause_s)
@@ -118,34 +115,29 @@ def _block(call: Call, timing: Timing, clock: Callable[[], float]) -> list[float
     return times[DROPPED:]
 
 
-def _warm_up(call: Call, timing: Timing, clock: Callable[[], float], sleep: Callable[[float], None]) -> bool:
-    """Run a contestant alone until it is steady; False when that took too long."""
+def _warm_up(
+    call: Call, timing: Timing, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> tuple[bool, float]:
+    """Run a contestant alone until it is steady. Returns whether that was soon enough, and its time alone.
+
+    That is of the last WINDOW blocks, together one block of the rounds.
+    """
     medians: list[float] = []
+    settled = False
     sleep(timing.pause_s)  # once: nobody else works in between
-    while len(medians) < MOST_WARM_UP:
-        medians.append(median(_warm_up_block(call, timing.block_s, clock)))
-        if len(medians) >= WINDOW and abs(kendall_tau(medians[-WINDOW:])) < NO_TREND:
-            return True
-    return False
+    while not settled and len(medians) < MOST_WARM_UP:
+        medians.append(median(_warm_up_block(call, timing, clock)))
+        settled = len(medians) >= WINDOW and abs(kendall_tau(medians[-WINDOW:])) < NO_TREND
+    return settled, median(medians[-WINDOW:])
 
 
-def _alone(call: Call, timing: Timing, clock: Callable[[], float], sleep: Callable[[float], None]) -> float:
-    """Its time without the others, from blocks like those of the rounds: shorter ones would be colder."""
-    medians: list[float] = []
-    slow = False
-    while len(medians) < timing.alone and not slow:
-        sleep(timing.pause_s)
-        start = clock()
-        medians.append(median(_block(call, timing, clock)))
-        slow = clock() - start >= LONG * timing.block_s > 0
-    return median(medians)
-
-
-def _warm_up_block(call: Call, block_s: float, clock: Callable[[], float]) -> list[float]:
-    """A cheap block: a fifth of the time of a full one, three calls or, of slow ones, as many as fill a full one."""
+def _warm_up_block(call: Call, timing: Timing, clock: Callable[[], float]) -> list[float]:
+    """One of the WINDOW parts of a full block: of its calls and its time, or one call that takes all of the time."""
     times: list[float] = []
     start = now = clock()
-    while not times or now - start < block_s / 5 or (len(times) < 3 and now - start < block_s):
+    while not times or now - start < timing.block_s:
+        if len(times) * WINDOW >= timing.block_calls and (now - start) * WINDOW >= timing.block_s:
+            break
         before = now
         call()
         now = clock()

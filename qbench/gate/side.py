@@ -75,7 +75,8 @@ class Side:
         """Time cells in one more fresh process, in this order; those whose latency is no result once only."""
         works = [self.works[name] for name in names if name in self.works]
         works = [work for work in works if index == 0 or work.cell.recipe.latency_is_result]
-        for some in [[w for w in works if not w.cell.alone], *([w] for w in works if w.cell.alone)]:
+        own = [work for work in works if not work.cell.recipe.backend.alone]
+        for some in [own, *([work] for work in works if work not in own)]:
             time_once(some, index, self.results, self.say)
 
     def operations(self, name: str) -> dict[str, float]:
