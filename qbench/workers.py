@@ -10,11 +10,7 @@ libraries lie at the same places: those that are to be a sample come from server
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import functools
-import gc
-import importlib
-import inspect
 import json
 import multiprocessing
 import multiprocessing.context
@@ -23,7 +19,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from multiprocessing import connection, forkserver, process, util
@@ -31,21 +26,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qbench import interrupts
-from qbench.config import instantiate as instantiate  # children build their tasks with it
-from qbench.sources import PROJECT_PACKAGES
+from qbench.worker_child import PRELOAD, serve, serve_others
 
 Say = Callable[[str], None]
 T = TypeVar("T")
 Child = tuple[process.BaseProcess, connection.Connection]
 
-PRELOAD = ["torch", "torchvision", "hydra.utils", "qbench.evaluate", "qbench.measure"]
 CAPTURE = ["torch.export._trace"]  # what torch.export loads late, 0.4 s; the fork server alone captures networks
 PAIR = 2  # servers of a number that load torch side by side; one is used at a time
 KEPT = 2  # of them, 0.4 GB each: what nobody has asked for longest ends
 LOADING_S = 300.0  # how long that may take
 TICK_S = 2.0  # how often a waiting parent repeats the last word of a child
 LEAVE_S = 10.0  # how long a child that has answered may take to exit
-LONGEST_SENTENCE = 600
 
 _running: set[process.BaseProcess] = set()
 _servers: dict[int, Child] = {}  # those of a number that rest, the one that was used last at the end
@@ -193,7 +185,7 @@ def warmed(function: str, arguments: dict[str, Any], *, log: Path, timeout_s: fl
     """
     go_on()
     warm_up()
-    child, pipe = _start(_context(), _serve_others, (function, arguments, str(log)))
+    child, pipe = _start(_context(), serve_others, (function, arguments, str(log)))
     name = f"{function} {child.pid}"
     _running.add(child)
     try:
@@ -238,7 +230,7 @@ def _start(context: multiprocessing.context.BaseContext, life: Callable[..., Non
 def _forked() -> Child:
     """A child of the fork server."""
     warm_up()
-    return _start(_context(), _serve)
+    return _start(_context(), serve)
 
 
 def ready(number: int) -> None:
@@ -249,7 +241,7 @@ def ready(number: int) -> None:
         return
     try:
         new = [n for n in range(number, number + PAIR) if n not in _servers]
-        _servers.update({n: _start(multiprocessing.get_context("spawn"), _serve_others) for n in new})
+        _servers.update({n: _start(multiprocessing.get_context("spawn"), serve_others) for n in new})
         for child, pipe in [_servers[n] for n in new]:
             with interrupts.welcome():
                 loaded = pipe.poll(LOADING_S)
@@ -337,118 +329,3 @@ def _kill(child: process.BaseProcess) -> None:
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(child.pid, signal.SIGKILL)
-
-
-def _serve(pipe: connection.Connection) -> None:
-    """The whole life of a child of the fork server."""
-    os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which then ends this group
-    gc.freeze()  # what is loaded stays: it takes a quarter of a second to look for garbage in it
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    _answer(pipe, _request(pipe), parent)
-
-
-def _serve_others(pipe: connection.Connection, first: tuple[str, dict[str, Any], str] | None = None) -> None:
-    """The life of a server: says that it has loaded torch, and made its `first` call (function, arguments, log).
-
-    Then, again and again, a child answers, and it says that this has ended.
-    """
-    os.setpgid(0, 0)
-    for module in PRELOAD:
-        importlib.import_module(module)
-    if first is not None:
-        function, arguments, log = first
-        _redirect_output(log)
-        _set_threads(1)
-        try:
-            _function(function)(**arguments)
-        except Exception:  # noqa: BLE001 - children do it again, and answer for it
-            traceback.print_exc()
-    gc.freeze()
-    pipe.send_bytes(b"loaded")
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    while True:
-        child = multiprocessing.get_context("fork").Process(target=_answer, args=(pipe, _request(pipe), parent))
-        child.start()
-        child.join()
-        pipe.send_bytes(json.dumps({"ended": child.exitcode}).encode())
-
-
-def _request(pipe: connection.Connection) -> bytes:
-    try:
-        return pipe.recv_bytes()
-    except EOFError:  # nobody asks any more
-        os._exit(0)
-
-
-def _answer(pipe: connection.Connection, request: bytes, parent: process.BaseProcess) -> None:
-    """Call what is asked, and send what it returns, or how it failed; end with the parent."""
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    function, arguments, log, threads = json.loads(request)
-    _redirect_output(log)
-    if threads is not None:
-        _set_threads(threads)
-    try:
-        target = _function(function)
-        listens = "say" in inspect.signature(target).parameters
-        say = {"say": lambda text: pipe.send_bytes(json.dumps({"say": text}).encode())} if listens else {}
-        answer = json.dumps({"result": target(**arguments, **say)}, allow_nan=False)
-    except Exception as error:  # noqa: BLE001 - whatever a cell raises becomes its record
-        traceback.print_exc()
-        answer = json.dumps(_failure(error))
-    pipe.send_bytes(answer.encode())
-
-
-def _function(name: str) -> Callable[..., Any]:
-    module, _, name = name.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
-
-
-def _set_threads(number: int) -> None:
-    import torch  # loaded by the server
-
-    torch.set_num_threads(number)
-
-
-def _die_with(parent: process.BaseProcess) -> None:
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
-
-
-def _redirect_output(log: str) -> None:
-    """Send everything this process and its libraries print to the log, a crash's Python stack included."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-    # The fork server has Python's own stdout and stderr; make them write line by line to the log.
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    faulthandler.enable(file=2)
-
-
-def _failure(error: Exception) -> dict[str, Any]:
-    """The error on one line; errors that are not written for readers carry their type."""
-    ours = _is_ours(type(error).__module__) or _is_ours(_raised_in(error))
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError):
-        text = f"out of memory: {text}"
-    elif not (ours and isinstance(error, ValueError | RuntimeError)):
-        text = f"{type(error).__name__}: {text}"
-    return {
-        "error": text if len(text) <= LONGEST_SENTENCE else text[:LONGEST_SENTENCE] + " ...",
-        "types": [base.__name__ for base in type(error).__mro__],
-        "misuse": ours and isinstance(error, ValueError),
-    }
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in PROJECT_PACKAGES
-
-
-def _raised_in(error: Exception) -> str:
-    """The module whose code raised the error."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""

@@ -79,9 +79,10 @@ def test_the_library_exports_what_the_header_declares_and_nothing_else() -> None
     assert exported == declared == {*SIGNATURES, "qb_sources"}
 
 
-# --- sanitizers ------------------------------------------------------------------------------------------------------
+# --- sanitizers, whose program takes a minute to compile: CI runs the slow tests of this file -------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", sources.PATHS)
 def test_no_sanitizer_objects(isa: str, sanitized: Path, cases: Path) -> None:
     """Memory of exactly the tensors' sizes, at the least alignment; two threads."""
@@ -100,6 +101,7 @@ def test_what_an_optimizer_adds_stays_in_memory(isa: str, optimized: Path, cases
         pytest.skip(f"this CPU does not run {isa}, {ran} ran")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", sources.PATHS)
 def test_a_lack_of_memory_is_told_and_survived(isa: str, sanitized: Path, cases: Path, tmp_path: Path) -> None:
     """Each allocation of scratch fails in turn, on whichever thread makes it; then the same thread is right again."""
@@ -109,6 +111,7 @@ def test_a_lack_of_memory_is_told_and_survived(isa: str, sanitized: Path, cases:
     assert replayed(sanitized, cases, "4", isa=isa) == isa
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_noticed(sanitized: Path, cases: Path, tmp_path: Path) -> None:
     """The last byte of the last result, which stands before a number and a tolerance, altered."""
     data = bytearray(cases.read_bytes())
