@@ -29,6 +29,7 @@ LOAD = "qbench.evaluate:begin"
 UNAVAILABLE = "TaskUnavailable"  # the exception by which a task says that it cannot be had here
 LACKING = "RecipeUnavailable"  # the one by which a peer says that it has no such recipe
 SIDE_BY_SIDE = 12  # cells that are answered together: what a kill can lose
+SHARE = 6  # of the machine's threads a process that is not alone has one in so many, whatever runs beside it
 NO_FP32 = "NoBaseline"  # the kind of failure that follows from the fp32 cell's
 
 
@@ -48,7 +49,7 @@ class Work:
 
 
 def answer(cells: Sequence[Cell], results: Path, say: Say) -> list[Record]:
-    """Quantize each network and score it, weigh its memory; time all beside each other and fp32; write the records.
+    """Quantize each network and score it, weigh its memory; time what is of a task side by side; write the records.
 
     The cells are a group of `together`. A crash, a time-out, an error in a child is a `failed` record; a task that
     cannot be had here a `skipped` one.
@@ -91,7 +92,7 @@ def begin(cells: Sequence[Cell], results: Path, say: Say) -> list[Work]:
 
 @contextmanager
 def _loaded(works: Sequence[Work], at_once: int, say: Say) -> Iterator[int | str]:
-    """A server whose children have the network of their task before them; for a single cell any."""
+    """A server whose children have before them what cells of their task begin with; for a single cell any."""
     cell, clock = works[0].cell, time.monotonic()
     own = cell.recipe.backend.evaluate == backends.OWN_EVALUATION
     if len(works) == 1 or not own or cell.prepared is None or cell.prepared.error is not None:
@@ -99,7 +100,7 @@ def _loaded(works: Sequence[Work], at_once: int, say: Say) -> Iterator[int | str
         return
     with ExitStack() as stack:
         with timing_lock.machine(alone=False, say=say):
-            say("capturing the network")
+            say("loading the task")
             log, limit = works[0].folder / LOG, cell.measure.timeout_s
             server = stack.enter_context(workers.warmed(LOAD, _task(cell), log=log, timeout_s=limit))
         for work in works:
@@ -109,7 +110,7 @@ def _loaded(works: Sequence[Work], at_once: int, say: Say) -> Iterator[int | str
 
 def threads_of_each() -> int:
     """The threads of a process that is not alone: the same whatever is beside it, as float results depend on them."""
-    return max(1, int(identity.answering_environment()["threads"]) // SIDE_BY_SIDE)
+    return max(1, int(identity.answering_environment()["threads"]) // SHARE)
 
 
 def time_once(works: Sequence[Work], index: int, results: Path, say: Say) -> None:

@@ -74,7 +74,7 @@ def combine(processes: Sequence[Mapping[str, Any]], baselines: Mapping[str, Any]
 
 
 def _fastest(times: Sequence[BlockTimes]) -> Baseline:
-    """Eager or compiled, from the fp32 cell's own processes; a failure in any of them leaves eager."""
+    """Eager or compiled, from the processes of the fp32 cell; a failure in any of them leaves eager."""
     if COMPILED not in _in_all(times):
         return EAGER_ALONE
     ratio = ratio_over_processes([one.ratios(COMPILED, EAGER) for one in times])

@@ -120,7 +120,7 @@ def _warm_up(
 ) -> tuple[bool, float]:
     """Run a contestant alone until it is steady. Returns whether that was soon enough, and its time alone.
 
-    That is of the last WINDOW blocks, together one block of the rounds.
+    That is of the last WINDOW blocks, which have the calls and the time of about one block of the rounds.
     """
     medians: list[float] = []
     settled = False

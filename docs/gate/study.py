@@ -91,7 +91,8 @@ slower (+9 to +19 %) than the same code beside it; its processes were slower fro
 in turns there, differed by a standard deviation of 1.6 to 2.6 % (ptdq) and 2.7 to 3.4 % (ptsq of that network), of
 which the scatter of their processes explains 1.1 to 1.3 % and 1.5 to 1.8 %; six copies of the model's files, in one
 server, did not differ by more than their processes. Where libraries and memory lie is a server's, and its processes
-share it: that is the probable cause. Since then each timing process loads torch itself. The bank that says "of one fork
+share it: that is the probable cause. Since then the timing processes of a cell have no server in common: each loaded
+torch itself in the runs below, and comes from a server of its own by now. The bank that says "of one fork
 server" is older: its share of false alarms is too small, its processes timed one task each, and the seconds of a
 process are an estimate. `quiet` and `loaded` are of an AMD Zen 5 (two cores of a virtual machine), `noisy` is of an AMD
 Zen 4 whose neighbours make fp32 up to twice as slow for seconds, and on which other work went on.

@@ -48,7 +48,8 @@ class Backend(Protocol):
     """What makes and runs the model of a cell.
 
     `evaluate` names the function of the child that makes the model, saves it as `program` in the cell's folder and
-    scores it; with `alone` it times its candidates, so that nothing else may run meanwhile. `baseline` is the backend
+    scores it; with `alone` it times its candidates, so that nothing else may run meanwhile, and its cells share no
+    process with others. `baseline` is the backend
     whose fp32 cell the cells are compared with, `packages` are those that can change an answer, beside torch.
     """
 

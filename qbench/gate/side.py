@@ -75,8 +75,8 @@ class Side:
         """Time cells in one more fresh process, in this order; those whose latency is no result once only."""
         works = [self.works[name] for name in names if name in self.works]
         works = [work for work in works if index == 0 or work.cell.recipe.latency_is_result]
-        own = [work for work in works if not work.cell.recipe.backend.alone]
-        for some in [own, *([work] for work in works if work not in own)]:
+        shared = [work for work in works if not work.cell.recipe.backend.alone]
+        for some in [shared, *([work] for work in works if work not in shared)]:
             time_once(some, index, self.results, self.say)
 
     def operations(self, name: str) -> dict[str, float]:
