@@ -137,6 +137,7 @@ struct Taps {
     for (int i = 0; i < 4; ++i) {
       const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i * 16));
       sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(q.codes[i], weights));
+      asm("" : "+x"(sums[i]));  // else g++ makes all products before it adds any, on the stack
     }
   }
   void add_all(const Column&, int32_t) {}
@@ -194,22 +195,24 @@ inline void join(const uint8_t* const* rows, int64_t count, uint8_t* out) {
     _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(EF, GH, 0xDD));
   }
 #else
-  for (int64_t i = 0; i < count; i += 32) {
-    __m256i x[4] = {};
-    for (int r = 0; r < 4; ++r)
-      if (i + 32 <= count)
-        x[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + i));
-      else
-        std::memcpy(&x[r], rows[r] + i, count - i);
-    const __m256i a = _mm256_unpacklo_epi8(x[0], x[1]), b = _mm256_unpackhi_epi8(x[0], x[1]);
-    const __m256i c = _mm256_unpacklo_epi8(x[2], x[3]), d = _mm256_unpackhi_epi8(x[2], x[3]);
+  const auto at = [](const uint8_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); };
+  const auto joined = [at](const uint8_t* p, const uint8_t* q, const uint8_t* r, const uint8_t* s, uint8_t* y) {
+    const __m256i a = _mm256_unpacklo_epi8(at(p), at(q)), b = _mm256_unpackhi_epi8(at(p), at(q));
+    const __m256i c = _mm256_unpacklo_epi8(at(r), at(s)), d = _mm256_unpackhi_epi8(at(r), at(s));
     const __m256i e = _mm256_unpacklo_epi16(a, c), f = _mm256_unpackhi_epi16(a, c);  // lane l: values 16 l + 0-3, 4-7
     const __m256i g = _mm256_unpacklo_epi16(b, d), h = _mm256_unpackhi_epi16(b, d);  // 8-11, 12-15
-    __m256i* to = reinterpret_cast<__m256i*>(out + i * 4);
+    __m256i* to = reinterpret_cast<__m256i*>(y);
     _mm256_storeu_si256(to, _mm256_permute2x128_si256(e, f, 0x20));
     _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(g, h, 0x20));
     _mm256_storeu_si256(to + 2, _mm256_permute2x128_si256(e, f, 0x31));
     _mm256_storeu_si256(to + 3, _mm256_permute2x128_si256(g, h, 0x31));
+  };
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) joined(rows[0] + i, rows[1] + i, rows[2] + i, rows[3] + i, out + i * 4);
+  if (i < count) {
+    uint8_t last[4][32] = {};
+    for (int r = 0; r < 4; ++r) std::memcpy(last[r], rows[r] + i, count - i);
+    joined(last[0], last[1], last[2], last[3], out + i * 4);
   }
 #endif
 }
@@ -258,6 +261,13 @@ struct Depthwise {
     }
   }
 
+  // What the sums of the channels from `c` on, whose weights have these zero points, begin with.
+  Ints start_of(int64_t c, int32_t zero, Wrapping zeros) const {
+    Wrapping from = wrapping_at(weight.totals + c) * uint32_t(-zero) + zeros * (uint32_t(taps) * uint32_t(zero));
+    if (codes && finish.bias) from += wrapping_at(finish.bias + c);
+    return as_ints(from);
+  }
+
   // `OUT` rows of the result from `line` on, out of joined rows.
   template <int OUT, bool AFFINE>
   void lines(int64_t line, int32_t zero, const uint8_t* joined) const {
@@ -266,13 +276,8 @@ struct Depthwise {
     const int64_t shift_stride = n * v.kernel_width * all * JOINED;
     const float low = float(finish.q_min - finish.zero_point), high = float(finish.q_max - finish.zero_point);
     for (int64_t c = 0; c < channels; c += CHANNELS) {
-      Wrapping from = wrapping_at(weight.totals + c) * uint32_t(-zero), zeros = {};
-      if (AFFINE) {
-        zeros = wrapping_at(weight.zero_points + c);
-        from += zeros * (uint32_t(taps) * uint32_t(zero));
-      }
-      if (codes && finish.bias) from += wrapping_at(finish.bias + c);
-      const Ints start = as_ints(from);
+      const Wrapping zeros = AFFINE ? wrapping_at(weight.zero_points + c) : Wrapping{};
+      const Ints start = start_of(c, zero, zeros);
       const Floats m = lanes_at(finish.multiplier + c);
       int64_t place = 0;
       Finisher finisher(plain, finish, rows, o, all / TILE, 0, c / TILE, 1, false, &place);
@@ -318,13 +323,8 @@ struct Depthwise {
     for (int r = 0; r < OUT; ++r) ones[r] = _mm512_set1_epi32(rows_met(0, r));
     for (int64_t c = 0; c < channels; c += CHANNELS) {
       const int64_t count = std::min<int64_t>(CHANNELS, channels - c);
-      __m512i start = _mm512_mullo_epi32(_mm512_loadu_si512(weight.totals + c), _mm512_set1_epi32(-zero));
-      __m512i zeros = _mm512_setzero_si512();
-      if (AFFINE) {
-        zeros = _mm512_loadu_si512(weight.zero_points + c);
-        start = _mm512_add_epi32(start, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(int32_t(taps) * zero)));
-      }
-      if (finish.bias) start = _mm512_add_epi32(start, _mm512_loadu_si512(finish.bias + c));
+      const __m512i zeros = AFFINE ? _mm512_loadu_si512(weight.zero_points + c) : _mm512_setzero_si512();
+      const __m512i start = __m512i(start_of(c, zero, Wrapping(zeros)));
       const __m512 m = _mm512_loadu_ps(finish.multiplier + c);
       __m512i w[OUT][3];
 #pragma GCC unroll 2
@@ -358,6 +358,41 @@ struct Depthwise {
     }
   }
 
+#else
+  // As above, in shorter registers, which hold neither the weights nor all columns.
+  template <int OUT, bool AFFINE>
+  void lines_by_three(int64_t line, int32_t zero, const uint8_t* joined) const {
+    const int64_t width = v.out_width, step = v.stride_width * channels * JOINED, tap = v.dilation_width * channels * JOINED;
+    const int64_t w_tap = all * JOINED, w_shift = 3 * w_tap, row = width * channels;
+    const float low = float(finish.q_min - finish.zero_point), high = float(finish.q_max - finish.zero_point);
+    for (int64_t c = 0; c < channels; c += CHANNELS) {
+      const Wrapping zeros = AFFINE ? wrapping_at(weight.zero_points + c) : Wrapping{};
+      const Ints start = start_of(c, zero, zeros);
+      const Floats m = lanes_at(finish.multiplier + c);
+      const Tap* w = reinterpret_cast<const Tap*>(weight.values) + c * JOINED;
+      const uint8_t* at = joined + c * JOINED;
+      uint8_t* __restrict y = static_cast<uint8_t*>(o.y) + line * row + c;
+      for (int64_t x = 0; x < width; ++x, at += step, y += channels) {
+        Taps sums[2] = {Taps(start), Taps(start)}, met[2] = {Taps(Ints{}), Taps(Ints{})};
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) {
+          const Column q(at + j * tap);
+#pragma GCC unroll 2
+          for (int r = 0; r < OUT; ++r) {
+            sums[r].add(q, w + r * w_shift + j * w_tap);
+            if (AFFINE) met[r].add_all(q, rows_met(0, r));
+          }
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < OUT; ++r) {
+          Ints sum = sums[r].total();
+          if (AFFINE) sum = as_ints(as_wrapping(sum) - zeros * as_wrapping(met[r].total()));
+          const Ints q = rounded_lanes(to_floats(sum) * m, low, high) + finish.zero_point;
+          put(to_bytes(q), channels - c, y + r * row);
+        }
+      }
+    }
+  }
 #endif
 
   // 1 for each joined row that the kernel of row `shift` of the result meets.
@@ -372,11 +407,9 @@ struct Depthwise {
 
   template <int OUT, bool AFFINE>
   void lines_of(int64_t line, int32_t zero, const uint8_t* joined) const {
-#if defined(QB_AVX512)
     if (codes && v.kernel_width == 3 && n == 1)
       lines_by_three<OUT, AFFINE>(line, zero, joined);
     else
-#endif
       lines<OUT, AFFINE>(line, zero, joined);
     uint8_t* y = static_cast<uint8_t*>(o.y) + line * v.out_width * channels;
     if (table) replace(y, OUT * v.out_width * channels, table, y);
