@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from user_project import TEMPORARY, command, environment, make, needs_engine, qbench
 
-from qbench import cli, workers
+from qbench import cell, cli, workers
 from qbench.record import read_record
 
 pytestmark = needs_engine
 
 SWEEP = "+sweep=tiny"
+RUN = workers.run
 
 
 def records(folder: Path):
@@ -210,6 +211,24 @@ def test_what_fails_becomes_a_record_with_log_and_command(fault, method, sentenc
         assert text in line
 
 
+def test_fp32_cells_of_several_tasks_share_a_process_and_one_that_fails_is_left_out(project, run, monkeypatch):
+    (project / "my/task/broken.yaml").write_text("_target_: mytask.build\nname: broken\nwidth: 8\nfault: raises\n")
+    asked = []
+    monkeypatch.setattr(workers, "run", lambda name, *a, **k: (asked.append(name), RUN(name, *a, **k))[1])
+    ended = run(project, "--multirun", "task=tiny,broken,tiny_wide", "method=fp32", "measure=least")
+    assert ended.returncode == 1, ended.stderr
+    found = {r.task: r for r in map(read_record, project.glob("results/runs/*/record.json"))}
+    assert {task: record.status for task, record in found.items()} == {
+        "tiny": "ok",
+        "broken": "failed",
+        "tiny_wide": "ok",
+    }
+    assert asked.count(cell.TIME) == 1
+    times = {found[task].metrics["latency_ms_median"] for task in ("tiny", "tiny_wide")}
+    assert len(times) == 2
+    assert min(times) > 0.0
+
+
 def test_a_task_that_cannot_be_had_is_skipped(project, run):
     ended = run(project, "task=tiny", "measure=least", "task.fault=unavailable")
     assert ended.returncode == 0, ended.stderr
@@ -278,7 +297,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(project, run):
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_loses_the_running_cell_at_most(project):
+def test_kill_9_at_random_moments_loses_the_cells_in_hand_at_most(project):
     chance = random.Random(7)
     kept: dict[str, str] = {}
     for _ in range(4):
