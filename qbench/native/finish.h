@@ -169,9 +169,9 @@ struct Finisher {
 
   // Do all products of sums and multipliers lie within int32? Then what is above the codes needs no clamp as a float.
   bool below_int32() const {
-    bool below = finish.residual_multiplier < 0x1p20f;
-    for (int j = 0; j < wide * TILE; ++j) below &= std::fabs(finish.multiplier[offset + j]) < 0.5f;
-    return below;
+    int32_t beyond = !(finish.residual_multiplier < 0x1p20f);
+    for (int j = 0; j < wide * TILE; ++j) beyond |= !(std::fabs(finish.multiplier[offset + j]) < 0.5f);
+    return !beyond;
   }
 
   template <int C>
@@ -235,42 +235,59 @@ struct Finisher {
     }
   }
 #else
+  // Codes of a tile, the last of which may not be whole.
+  static __m128i codes_at(const uint8_t* x, int64_t count) {
+    __m128i v = _mm_setzero_si128();
+    if (count == 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
+    std::memcpy(&v, x, count);
+    return v;
+  }
+  static void put_codes(__m128i v, int64_t count, uint8_t* y) {
+    if (count == 8) return _mm_storel_epi64(reinterpret_cast<__m128i*>(y), v);
+    std::memcpy(y, &v, count);
+  }
+
+  // Two rows a turn.
   template <int C, Kind KIND>
   void rows_of_codes(int64_t count, const int32_t* sums, const int32_t* row_sums) const {
     static_assert(C == 1, "a tile fills the registers of this path");
     const int32_t* zeros = KIND == ANY ? zero_points() : nullptr;
     const bool adds = KIND == WITH_RESIDUAL || (KIND == ANY && operands.residual);
+    const int64_t some = KIND == ANY ? outputs : TILE;
     const __m256 high = _mm256_set1_ps(float(finish.q_max - finish.zero_point));
     const __m256i zero_point = _mm256_set1_epi16(int16_t(finish.zero_point));
-    const __m128i lowest = _mm_set1_epi8(char(finish.q_min)), highest = _mm_set1_epi8(char(finish.q_max));
+    const __m256i lowest = _mm256_set1_epi8(char(finish.q_min)), highest = _mm256_set1_epi8(char(finish.q_max));
     const __m256i residual_zero = _mm256_set1_epi32(finish.residual_zero_point);
     const __m256 residual_multiplier = _mm256_set1_ps(finish.residual_multiplier);
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const auto eight = [](const auto* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); };
     const __m256 m[2] = {_mm256_loadu_ps(finish.multiplier + offset), _mm256_loadu_ps(finish.multiplier + offset + 8)};
     const __m256i bias[2] = {eight(shift), eight(shift + 8)};
-    for (int64_t r = 0; r < count; ++r, sums += TILE) {
-      const int64_t to = at(r);
-      __m128i residual = _mm_setzero_si128();
-      if (adds) std::memcpy(&residual, operands.residual + to, KIND == ANY ? outputs : TILE);
+    const auto words = [&](int64_t r) {  // a row's codes, in the order in which they are packed
+      const __m128i residual = adds ? codes_at(operands.residual + at(r), some) : _mm_setzero_si128();
       __m256i q[2];
 #pragma GCC unroll 2
       for (int n = 0; n < 2; ++n) {
-        __m256i acc = _mm256_add_epi32(eight(sums + n * 8), bias[n]);
+        __m256i acc = _mm256_add_epi32(eight(sums + r * TILE + n * 8), bias[n]);
         if (KIND == ANY && zeros)
           acc = _mm256_sub_epi32(acc, _mm256_mullo_epi32(eight(zeros + n * 8), _mm256_set1_epi32(row_sums[r])));
         __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(acc), m[n]);
         if (adds) {
-          const __m256i some = _mm256_cvtepu8_epi32(n ? _mm_srli_si128(residual, 8) : residual);
-          const __m256i centred = _mm256_sub_epi32(some, residual_zero);
+          const __m256i codes = _mm256_cvtepu8_epi32(n ? _mm_srli_si128(residual, 8) : residual);
+          const __m256i centred = _mm256_sub_epi32(codes, residual_zero);
           v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_cvtepi32_ps(centred), residual_multiplier));
         }
         q[n] = _mm256_cvtps_epi32(KIND == ANY ? _mm256_min_ps(high, v) : v);  // below int32 as above
       }
-      const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xD8);
-      const __m256i moved = _mm256_adds_epi16(words, zero_point);
-      __m128i codes = _mm_packus_epi16(_mm256_castsi256_si128(moved), _mm256_extracti128_si256(moved, 1));
-      codes = _mm_min_epu8(_mm_max_epu8(codes, lowest), highest);
-      std::memcpy(static_cast<uint8_t*>(operands.y) + to, &codes, KIND == ANY ? outputs : TILE);
+      return _mm256_adds_epi16(_mm256_packs_epi32(q[0], q[1]), zero_point);
+    };
+    uint8_t* const y = static_cast<uint8_t*>(operands.y);
+    for (int64_t r = 0; r < count; r += 2) {
+      const int64_t second = std::min(r + 1, count - 1);
+      const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words(r), words(second)), in_order);
+      const __m256i codes = _mm256_min_epu8(_mm256_max_epu8(packed, lowest), highest);
+      put_codes(_mm256_castsi256_si128(codes), some, y + at(r));
+      put_codes(_mm256_extracti128_si256(codes, 1), some, y + at(second));
     }
   }
 #endif

@@ -3,6 +3,10 @@
 
 namespace {
 
+constexpr int64_t SHALLOW = 128;  // products of which a panel is taller: what each of its tiles costs once is for more rows
+constexpr int64_t TALLEST = WIDE > 1 ? 2 : 4;  // times as tall: its sums stay in the first-level cache
+constexpr int64_t TURN = WHOLE > 1 ? WHOLE : ROWS;  // rows multiplied at once
+
 // Rows [first, first + count) of the product, tiles [from, to) of each group, these from the last one on if `backwards`.
 void panel(const Product& p, int64_t first, int64_t count, int64_t from, int64_t to, bool backwards) {
   static thread_local Scratch gathered, summed, multiplied, totalled, placed;
@@ -50,7 +54,10 @@ int64_t layer(const Weight& weight, const Finish& finish, const Window& window, 
     return macs;
   }
 #endif
-  const int64_t panels = std::max<int64_t>(1, p.total / PANEL);  // of PANEL rows or somewhat more
+  const int64_t most = p.total / (8 * threads * PANEL);  // of taller ones there must be enough for the threads to share
+  const int64_t height = PANEL * std::clamp<int64_t>(SHALLOW / std::max<int64_t>(weight.depth, 1), 1, std::clamp<int64_t>(most, 1, TALLEST));
+  const int64_t panels = std::max<int64_t>(1, p.total / height);  // of so many rows or somewhat more
+  const auto begin = [&](int64_t index) { return index < panels ? index * p.total / panels / TURN * TURN : p.total; };
   // Few rows: each thread takes some of the outputs of every panel.
   const int64_t bands = (p.tiles + WIDE - 1) / WIDE, parts = panels >= threads ? 1 : std::min<int64_t>(threads, bands);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -59,8 +66,8 @@ int64_t layer(const Weight& weight, const Finish& finish, const Window& window, 
 #pragma omp for schedule(static) collapse(2)
     for (int64_t index = 0; index < panels; ++index)
       for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = index * p.total / panels, count = (index + 1) * p.total / panels - first;
-        panel(p, first, count, part * bands / parts * WIDE, std::min((part + 1) * bands / parts * WIDE, p.tiles), false);
+        const int64_t first = begin(index), from = part * bands / parts * WIDE, to = (part + 1) * bands / parts * WIDE;
+        panel(p, first, begin(index + 1) - first, from, std::min(to, p.tiles), false);
       }
   }
   return macs;

@@ -224,10 +224,11 @@ constexpr MultiplyRows MULTIPLY_ROWS[WIDE][ROWS] = {
 template <class W = int8_t>
 inline void multiply_by_rows(int64_t rows, int wide, const RowsAt& a, const Pieces& pieces, const int8_t* w,
                              int64_t tile_stride, bool add, int32_t* sums) {
-  const int64_t turns = (rows + ROWS - 1) / ROWS;
-  for (int64_t turn = 0; turn < turns; ++turn) {
-    const int64_t r = turn * rows / turns, height = (turn + 1) * rows / turns - r;
-    MULTIPLY_ROWS<W>[wide - 1][height - 1](a.from(r), pieces, w, tile_stride, add, sums + r * wide * TILE);
+  const int64_t turns = (rows + ROWS - 1) / ROWS, height = turns ? rows / turns : 0, longer = turns ? rows % turns : 0;
+  for (int64_t turn = 0, r = 0; turn < turns; ++turn) {
+    const int64_t count = height + (turn < longer);
+    MULTIPLY_ROWS<W>[wide - 1][count - 1](a.from(r), pieces, w, tile_stride, add, sums + r * wide * TILE);
+    r += count;
   }
 }
 
