@@ -54,8 +54,9 @@ int64_t layer(const Weight& weight, const Finish& finish, const Window& window, 
     return macs;
   }
 #endif
-  const int64_t most = p.total / (8 * threads * PANEL);  // of taller ones there must be enough for the threads to share
-  const int64_t height = PANEL * std::clamp<int64_t>(SHALLOW / std::max<int64_t>(weight.depth, 1), 1, std::clamp<int64_t>(most, 1, TALLEST));
+  const int64_t enough = p.total / (8 * threads * PANEL);  // taller panels must still be many, for the threads to share
+  const int64_t taller = std::min(SHALLOW / std::max<int64_t>(weight.depth, 1), enough);
+  const int64_t height = PANEL * std::clamp<int64_t>(taller, 1, TALLEST);
   const int64_t panels = std::max<int64_t>(1, p.total / height);  // of so many rows or somewhat more
   const auto begin = [&](int64_t index) { return index < panels ? index * p.total / panels / TURN * TURN : p.total; };
   // Few rows: each thread takes some of the outputs of every panel.
