@@ -235,18 +235,6 @@ struct Finisher {
     }
   }
 #else
-  // Codes of a tile, the last of which may not be whole.
-  static __m128i codes_at(const uint8_t* x, int64_t count) {
-    __m128i v = _mm_setzero_si128();
-    if (count == 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
-    std::memcpy(&v, x, count);
-    return v;
-  }
-  static void put_codes(__m128i v, int64_t count, uint8_t* y) {
-    if (count == 8) return _mm_storel_epi64(reinterpret_cast<__m128i*>(y), v);
-    std::memcpy(y, &v, count);
-  }
-
   // Two rows a turn.
   template <int C, Kind KIND>
   void rows_of_codes(int64_t count, const int32_t* sums, const int32_t* row_sums) const {
@@ -264,7 +252,7 @@ struct Finisher {
     const __m256 m[2] = {_mm256_loadu_ps(finish.multiplier + offset), _mm256_loadu_ps(finish.multiplier + offset + 8)};
     const __m256i bias[2] = {eight(shift), eight(shift + 8)};
     const auto words = [&](int64_t r) {  // a row's codes, in the order in which they are packed
-      const __m128i residual = adds ? codes_at(operands.residual + at(r), some) : _mm_setzero_si128();
+      const __m128i residual = adds ? __m128i(taken<Bytes>(operands.residual + at(r), some)) : _mm_setzero_si128();
       __m256i q[2];
 #pragma GCC unroll 2
       for (int n = 0; n < 2; ++n) {
@@ -286,8 +274,8 @@ struct Finisher {
       const int64_t second = std::min(r + 1, count - 1);
       const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words(r), words(second)), in_order);
       const __m256i codes = _mm256_min_epu8(_mm256_max_epu8(packed, lowest), highest);
-      put_codes(_mm256_castsi256_si128(codes), some, y + at(r));
-      put_codes(_mm256_extracti128_si256(codes, 1), some, y + at(second));
+      put(Bytes(_mm256_castsi256_si128(codes)), some, y + at(r));
+      put(Bytes(_mm256_extracti128_si256(codes, 1)), some, y + at(second));
     }
   }
 #endif

@@ -3,7 +3,7 @@
 
 namespace {
 
-constexpr int64_t SHALLOW = 128;  // products of which a panel is taller: what each of its tiles costs once is for more rows
+constexpr int64_t SHALLOW = 128;  // as often as the depth fits, a panel is taller: what a tile costs once is for more rows
 constexpr int64_t TALLEST = WIDE > 1 ? 2 : 4;  // times as tall: its sums stay in the first-level cache
 constexpr int64_t TURN = WHOLE > 1 ? WHOLE : ROWS;  // rows multiplied at once
 
