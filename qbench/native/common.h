@@ -12,6 +12,7 @@
 #include <cstring>
 #include <new>
 #include <optional>
+#include <thread>
 #include <type_traits>
 #include <vector>
 

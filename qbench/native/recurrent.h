@@ -27,20 +27,22 @@ struct Units {
 
 constexpr int CELLS = TILES_OF<ManyFloats>;  // tiles of units side by side
 
+inline ManyFloats states_of(const Units (&units)[CELLS], const float* states) {
+  return of_tiles<ManyFloats>([&](int i) { return units[i].of(states); });
+}
+
 // A step of CELLS tiles of units side by side, some of which may be the same: of `c`, which is read and written, and then of h,
 // on its own as it waits for c. gate(i, which) is the ith's; use(units, h).
 template <class GateOf>
 inline void step_of_c(const Units (&units)[CELLS], const GateOf& gate, float* c) {
   const auto all = [&](Gate which) { return of_tiles<ManyFloats>([&](int i) { return gate(i, which); }); };
-  const auto before = of_tiles<ManyFloats>([&](int i) { return units[i].of(c); });
-  const ManyFloats now = sigmoid(all(FORGET)) * before + sigmoid(all(INPUT)) * hyperbolic_tangent(all(CELL));
+  const ManyFloats now = sigmoid(all(FORGET)) * states_of(units, c) + sigmoid(all(INPUT)) * hyperbolic_tangent(all(CELL));
   each_tile(now, [&](int i, Floats v) { units[i].put_to(c, v); });
 }
 template <class GateOf, class Use>
 inline void step_of_h(const Units (&units)[CELLS], const GateOf& gate, const float* c, const Use& use) {
   const auto outputs = of_tiles<ManyFloats>([&](int i) { return gate(i, OUTPUT); });
-  const auto now = of_tiles<ManyFloats>([&](int i) { return units[i].of(c); });
-  each_tile(sigmoid(outputs) * hyperbolic_tangent(now), [&](int i, Floats v) { use(units[i], v); });
+  each_tile(sigmoid(outputs) * hyperbolic_tangent(states_of(units, c)), [&](int i, Floats v) { use(units[i], v); });
 }
 
 Window rows_of(int64_t inputs, int64_t block) {
@@ -82,6 +84,26 @@ int threads_of(const Recurrent& r) {
   const Grid grid(r, threads);
   return int(grid.units * grid.samples);
 }
+
+// Where the threads of a team wait for each other. OpenMP's barrier calls the system each time.
+class Meeting {
+ public:
+  void wait() {
+    const int64_t now = over_.load(std::memory_order_relaxed);
+    if (there_.fetch_add(1, std::memory_order_acq_rel) == omp_get_num_threads() - 1) {
+      there_.store(0, std::memory_order_relaxed);
+      return over_.store(now + 1, std::memory_order_release);
+    }
+    for (int64_t turn = 0; over_.load(std::memory_order_acquire) == now; ++turn)
+      if (turn > PATIENCE) std::this_thread::yield();  // there may be fewer cores than threads
+  }
+
+ private:
+  static constexpr int64_t PATIENCE = 10000;
+
+  alignas(64) std::atomic<int> there_{0};
+  alignas(64) std::atomic<int64_t> over_{0};  // meetings
+};
 
 // What a thread does of every step: tiles of units [from, to) of the samples [first, end). The threads stay together for all
 // steps of a sequence, as a meeting costs less than a beginning.
@@ -128,23 +150,34 @@ struct Share {
     return {sample * hidden + tile * TILE, std::min<int64_t>(TILE, hidden - tile * TILE)};
   }
 
-  // The cells of a step out of gates [samples][outputs]: CELLS at once, the last ones in the place of some that are not there.
+  // The cells of a step out of gates [samples][outputs], whose place the functions of them take: one at a time of all of them,
+  // each for CELLS tiles at once, the last ones in the place of some that are not there.
   template <class Use>
-  void cells(const float* gates, int64_t outputs, float* c, const Use& use) const {
+  void cells(float* gates, int64_t outputs, float* c, const Use& use) const {
     const auto groups = [=](const auto& run) {
       int64_t sample = first, unit = from;
       for (int64_t left = (end - first) * (to - from); left > 0; left -= CELLS) {
         Units units[CELLS];
-        const float* at[CELLS];
+        float* at[CELLS];
         for (int i = 0; i < CELLS; ++i) {
           units[i] = units_of(unit, sample), at[i] = gates + sample * outputs + unit * GATES * TILE;
           if (left - i > 1 && ++unit == to) unit = from, ++sample;
         }
-        run(units, [&](int i, Gate gate) { return lanes_at(at[i] + gate * TILE); });
+        const auto all = [&](Gate gate) { return of_tiles<ManyFloats>([&](int i) { return lanes_at(at[i] + gate * TILE); }); };
+        const auto keep = [&](Gate gate, ManyFloats v) { each_tile(v, [&](int i, Floats tile) { set_lanes(at[i] + gate * TILE, tile); }); };
+        run(units, all, keep);
       }
     };
-    groups([&](const auto& units, const auto& gate) { step_of_c(units, gate, c); });
-    groups([&](const auto& units, const auto& gate) { step_of_h(units, gate, c, use); });
+    for (const Gate gate : {INPUT, FORGET, OUTPUT})
+      groups([&](const auto&, const auto& all, const auto& keep) { keep(gate, sigmoid(all(gate))); });
+    groups([&](const auto& units, const auto& all, const auto& keep) {
+      const ManyFloats now = all(FORGET) * states_of(units, c) + all(INPUT) * hyperbolic_tangent(all(CELL));
+      each_tile(now, [&](int i, Floats v) { units[i].put_to(c, v); });
+      keep(CELL, now);
+    });
+    groups([&](const auto& units, const auto& all, const auto&) {
+      each_tile(all(OUTPUT) * hyperbolic_tangent(all(CELL)), [&](int i, Floats v) { use(units[i], v); });
+    });
   }
 };
 
@@ -222,6 +255,7 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
   float* gates = can_fuse ? nullptr : given.of<float>(parts.longest() * n * outputs);
   if (!gates && !can_fuse) return 0;
   const int threads = threads_of(r);
+  Meeting meeting;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     static thread_local Fused::Room room;
@@ -250,7 +284,7 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
           share.products(of_h, 1, t % 2);
           share.cells(step, outputs, c, use);
         }
-#pragma omp barrier
+        meeting.wait();
       }
     }
   }
@@ -272,6 +306,7 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
   if ((!gates && !can_fuse) || !h_codes || !h_scales || !h_zero_points) return 0;
   const Rows h_rows{h_zero_points, h_scales, r.per_row ? 1 : INT64_MAX};
   const int threads = threads_of(r);
+  Meeting meeting;
   std::atomic<bool> odd{false};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -296,7 +331,7 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
         for (int64_t i = h_first; i < h_end; ++i)
           if (!quantize_row(before + i * length, length, r.affine, h_codes + i * length, h_scales[i], h_zero_points[i]))
             odd = true;
-#pragma omp barrier
+        meeting.wait();
         failed = odd;  // every thread sees the same: none sets it before all have met again
         if (failed) break;
         float* step = gates ? gates + (t - first) * n * outputs : nullptr;
@@ -310,7 +345,7 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
           share.products(of_h, 1, t % 2);
           share.cells(step, outputs, c, use);
         }
-#pragma omp barrier
+        meeting.wait();
       }
     }
   }
@@ -338,6 +373,7 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
     read_back_all(hh, of_hh, ready);
   }
   const int threads = threads_of(r);
+  Meeting meeting;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Share share(r);
@@ -353,7 +389,7 @@ int64_t weight_only_lstm(const Recurrent& r, const float* scales_ih, const float
         share.cells(step, outputs, c, [to = y + t * n * hidden](const Units& units, Floats now) {
           units.put_to(to, now);
         });
-#pragma omp barrier
+        meeting.wait();
       }
     }
   }
