@@ -44,15 +44,20 @@ def check_inputs(specs: list[dict[str, Any]], leaves: list[Any]) -> None:
     if len(leaves) != len(specs):
         raise ValueError(f"the network takes {len(specs)} input tensors, {len(leaves)} were given")
     for index, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
-        want, have = spec["shape"], list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-        if len(have) != len(want) or any(size not in (None, given) for size, given in zip(want, have, strict=True)):
+        want = spec["shape"]
+        if not isinstance(leaf, Tensor) or len(leaf.shape) != len(want) or not all(map(_takes, want, leaf.shape)):
             sizes = ", ".join("any" if size is None else str(size) for size in want)
+            have = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(f"input {index} has the shape {have}, the network takes [{sizes}]")
-        if str(leaf.dtype)[6:] != spec["dtype"]:
+        if leaf.dtype is not getattr(torch, spec["dtype"]):
             raise ValueError(f"input {index} is {str(leaf.dtype)[6:]}, the network takes {spec['dtype']}")
-        if leaf.device.type != "cpu" or leaf.layout != torch.strided:
+        if not leaf.is_cpu or leaf.layout is not torch.strided:
             where = f"{leaf.device.type}, {str(leaf.layout)[6:]}"
             raise ValueError(f"input {index} is a tensor of another kind ({where}); give a dense one on the CPU")
+
+
+def _takes(size: int | None, given: int) -> bool:
+    return size is None or size == given
 
 
 @dataclass
@@ -95,11 +100,11 @@ class Program:
 
     def lower(self, backend: Engine, macs: Macs) -> Callable[..., Any]:
         """A function of the input tensors (nested as the model's own) that runs the program on a backend."""
-        lowered = backend.runner(lower_graph(self, backend, macs), macs)
+        lowered = backend.runner(torch.inference_mode()(lower_graph(self, backend, macs)), macs)
 
-        @torch.inference_mode()
         def run(*inputs: Any) -> Any:
-            leaves = pytree.tree_leaves(inputs)
+            nested = not all(isinstance(value, Tensor) for value in inputs)
+            leaves = pytree.tree_leaves(inputs) if nested else list(inputs)
             check_inputs(self.inputs, leaves)
             return structure.build(self.outputs, list(lowered(*leaves)))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qbench.backends.native_plan import Plan, Recording, as_bytes
+from qbench.backends.native_plan import Ends, Plan, Recording
 from qbench.backends.native_writer import Address, Buffer, Call, CannotPlanError, Structure, TorchCall
 from qbench.native.library import SIGNATURES, Attention, Averaging, Operands, Replay, Window, loaded_library
 
@@ -179,9 +179,8 @@ class Apart:
     """Plans of one piece, one for each thread, through which a batch goes. Of use to one thread at a time."""
 
     def __init__(self, one: Recording, plans: list[Plan], whole: Recording, pieces: int) -> None:
-        self._pieces, self._plans, self._inputs, self._outputs = pieces, plans, whole.inputs, whole.outputs
+        self._pieces, self._plans, self._ends = pieces, plans, Ends(whole)
         self._uncounted = whole.uncounted
-        self._sizes = {view.buffer: whole.writer.buffers[view.buffer].size for view in whole.outputs}
         places = [(number, offset) for number, slots in plans[0].slots.items() for _, offset in slots]
         slots = [[slot for slots in plan.slots.values() for slot, _ in slots] for plan in plans]
         self._places = places
@@ -200,8 +199,7 @@ class Apart:
 
     def run(self, leaves: list[Tensor], macs: Macs) -> list[Tensor] | None:
         """The results as new tensors; None where a call failed."""
-        memories = {number: torch.empty(size, dtype=torch.uint8) for number, size in self._sizes.items()}
-        memories |= {number: as_bytes(leaf) for number, leaf in zip(self._inputs, leaves, strict=True)}
+        memories = self._ends.memories(leaves)
         for index, (number, offset) in enumerate(self._places):
             self._starts[index] = memories[number].data_ptr() + offset
         self._macs[0], self._macs[1] = self._uncounted
@@ -211,4 +209,4 @@ class Apart:
             return None
         macs.int8 += self._macs[0]
         macs.float32 += self._macs[1]
-        return [view.of(memories[view.buffer]) for view in self._outputs]
+        return self._ends.results(memories)

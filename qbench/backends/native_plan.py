@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from qbench.program import Macs
 
 ALIGNMENT = 64
-PLANS = 4  # shapes of inputs that a model keeps plans of
 NOTHING, INT8_PRODUCTS, FLOAT32_PRODUCTS, FAILURE = range(4)  # qb::Counting
 COUNTINGS = {
     "qb_layer": INT8_PRODUCTS,
@@ -81,14 +81,43 @@ class Recording:
         return address.buffer
 
 
+class Ends:
+    """The memory of a run's inputs and results.
+
+    It is made with few calls of torch: after a network's kernels the caches hold none of its code.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self._inputs, self._outputs = recording.inputs, recording.outputs
+        sizes = {view.buffer: recording.writer.buffers[view.buffer].size for view in self._outputs}
+        self._made = {number: (torch.Size([size]), torch.uint8) for number, size in sizes.items()}
+        self._alone = [self._outputs.count(view) == 1 and view.fills(sizes[view.buffer]) for view in self._outputs]
+        for view, alone in zip(self._outputs, self._alone, strict=True):
+            if alone:
+                self._made[view.buffer] = view.shape, view.dtype
+
+    def memories(self, leaves: list[Tensor]) -> dict[int, Tensor]:
+        """Of each buffer that is an input or holds results."""
+        memories = {number: torch.empty(shape, dtype=dtype) for number, (shape, dtype) in self._made.items()}
+        for number, leaf in zip(self._inputs, leaves, strict=True):
+            memories[number] = leaf.contiguous()
+        return memories
+
+    def results(self, memories: dict[int, Tensor]) -> list[Tensor]:
+        """The results in them."""
+        return [
+            memories[view.buffer] if alone else view.of(memories[view.buffer])
+            for view, alone in zip(self._outputs, self._alone, strict=True)
+        ]
+
+
 class Plan:
     """A recording that can be run. Of use to one thread at a time."""
 
     def __init__(self, recording: Recording) -> None:
         writer = recording.writer
-        self._uncounted, self._inputs, self._outputs = recording.uncounted, recording.inputs, recording.outputs
+        self._uncounted, self._ends = recording.uncounted, Ends(recording)
         self._held = writer.held
-        self._sizes = {view.buffer: writer.buffers[view.buffer].size for view in self._outputs}
         self._arena = torch.empty(recording.arena + ALIGNMENT, dtype=torch.uint8)
         self.slots: dict[int, list[tuple[ctypes.c_uint64, int]]] = {
             number: [] for number, buffer in enumerate(writer.buffers) if buffer.outside
@@ -96,11 +125,12 @@ class Plan:
         self._macs = (ctypes.c_int64 * 2)()
         self._run = loaded_library().qb_run
         self._steps = self._written(writer)
+        self._mode = nullcontext if all(isinstance(step, tuple) for step in self._steps) else torch.inference_mode
 
-    def _written(self, writer: Writer) -> list[tuple[Any, int] | TorchCall]:
+    def _written(self, writer: Writer) -> list[tuple[Any, int] | Callable[[dict[int, Tensor]], None]]:
         """Stretches of engine calls, as words and their number, and what torch computes between them."""
         base = -(-self._arena.data_ptr() // ALIGNMENT) * ALIGNMENT
-        steps: list[tuple[Any, int] | TorchCall] = []
+        steps: list[tuple[Any, int] | Callable[[dict[int, Tensor]], None]] = []
         stretch: list[Call] = []
         for call in [*writer.calls, None]:
             if isinstance(call, Call):
@@ -113,13 +143,13 @@ class Plan:
                 in_arena = partial(self._in_arena, writer, base - self._arena.data_ptr())
                 arguments, options = (pytree.tree_map(in_arena, given) for given in (call.arguments, call.options))
                 results = [in_arena(view) for view in call.results]
-                steps.append(TorchCall(call.function, arguments, options, results))
+                steps.append(_computing(TorchCall(call.function, arguments, options, results)))
         return steps
 
     def stretch(self) -> tuple[Any, int]:
         """The words and the number of the calls, where torch computes nothing between them."""
         (step,) = self._steps
-        assert not isinstance(step, TorchCall)
+        assert isinstance(step, tuple)
         return step
 
     def _in_arena(self, writer: Writer, start: int, value: Any) -> Any:
@@ -159,29 +189,36 @@ class Plan:
 
     def run(self, leaves: list[Tensor], macs: Macs) -> list[Tensor] | None:
         """The results as new tensors; None where a call failed."""
-        memories = {number: torch.empty(size, dtype=torch.uint8) for number, size in self._sizes.items()}
-        memories |= {number: as_bytes(leaf) for number, leaf in zip(self._inputs, leaves, strict=True)}
+        memories = self._ends.memories(leaves)
         for number, memory in memories.items():
             for slot, offset in self.slots[number]:
                 slot.value = memory.data_ptr() + offset
         self._macs[0], self._macs[1] = self._uncounted
-        for step in self._steps:
-            if isinstance(step, TorchCall):
-                try:
-                    _compute(step, memories)
-                except (IndexError, RuntimeError):  # the plain run, which follows, raises it in words
+        with self._mode():
+            for step in self._steps:
+                if not isinstance(step, tuple):
+                    try:
+                        step(memories)
+                    except (IndexError, RuntimeError):  # the plain run, which follows, raises it in words
+                        return None
+                elif self._run(ctypes.addressof(step[0]), step[1], ctypes.addressof(self._macs)):
                     return None
-            elif self._run(ctypes.addressof(step[0]), step[1], ctypes.addressof(self._macs)):
-                return None
         macs.int8 += self._macs[0]
         macs.float32 += self._macs[1]
-        return [view.of(memories[view.buffer]) for view in self._outputs]
+        return self._ends.results(memories)
 
 
-def as_bytes(leaf: Tensor) -> Tensor:
-    """The memory of an input, contiguous."""
-    leaf = leaf.contiguous()
-    return leaf.detach().flatten().view(torch.uint8) if leaf.numel() else torch.empty(0, dtype=torch.uint8)
+def _computing(call: TorchCall) -> Callable[[dict[int, Tensor]], None]:
+    """What runs an operation of torch with the memories of a run."""
+    views = any(isinstance(leaf, View) for leaf in pytree.tree_leaves((call.arguments, call.options, call.results)))
+    if views or not _writes(call):
+        return partial(_compute, call)
+    run = partial(call.function.overloadpacket.out, *call.arguments, **call.options, out=call.results[0])
+
+    def compute(memories: dict[int, Tensor]) -> None:
+        run()
+
+    return compute
 
 
 def _compute(call: TorchCall, memories: dict[int, Tensor]) -> None:
@@ -192,7 +229,7 @@ def _compute(call: TorchCall, memories: dict[int, Tensor]) -> None:
 
     arguments, options = (pytree.tree_map(tensor, given) for given in (call.arguments, call.options))
     places = [tensor(view) for view in call.results]
-    if len(places) == 1 and _takes_out(call):
+    if _writes(call):
         call.function.overloadpacket.out(*arguments, **options, out=places[0])
         return
     results = pytree.tree_leaves(call.function(*arguments, **options))
@@ -200,8 +237,10 @@ def _compute(call: TorchCall, memories: dict[int, Tensor]) -> None:
         place.copy_(result)
 
 
-def _takes_out(call: TorchCall) -> bool:
-    """Is there a form of the operation that writes to a given tensor, for these very arguments?"""
+def _writes(call: TorchCall) -> bool:
+    """Is there a form of the operation that writes to a given tensor, for these very arguments and one result?"""
+    if len(call.results) != 1:
+        return False
     packet = call.function.overloadpacket
     if "out" not in packet.overloads() or call.results[0].dtype == torch.bfloat16:  # these round elsewhere
         return False
@@ -227,7 +266,7 @@ def _share(calls: list[Call | TorchCall], buffers: list[Buffer]) -> None:
     So they are written to memory that a cache holds.
     """
     for index, call in enumerate(calls):
-        if not isinstance(call, TorchCall) or torch.Tag.pointwise not in call.function.tags or not _takes_out(call):
+        if not isinstance(call, TorchCall) or torch.Tag.pointwise not in call.function.tags or not _writes(call):
             continue
         result, made = call.results[0], buffers[call.results[0].buffer]
         views = [leaf for leaf in pytree.tree_leaves((call.arguments, call.options)) if isinstance(leaf, View)]

@@ -65,8 +65,14 @@ class View:
     stride: tuple[int, ...]
     offset: int  # elements
 
+    def fills(self, size: int) -> bool:
+        """Is it all of a buffer of so many bytes, in order?"""
+        in_order = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return not self.offset and self.stride == in_order.stride() and in_order.nbytes == size
+
     def of(self, memory: Tensor) -> Tensor:
-        """The tensor in the memory of its buffer (bytes)."""
+        """The tensor in the memory of its buffer, a contiguous tensor."""
+        memory = memory.detach().flatten().view(torch.uint8) if memory.numel() else torch.empty(0, dtype=torch.uint8)
         whole = memory.numel() // self.dtype.itemsize * self.dtype.itemsize
         elements = memory[:whole].view(self.dtype)
         return elements.as_strided(self.shape, self.stride, elements.storage_offset() + self.offset)
