@@ -18,7 +18,7 @@ struct UnitSums {
   int32_t* of(int64_t gate, int64_t row) const { return first + (gate / WIDE * rows + row) * WIDE * TILE + gate % WIDE * TILE; }
 };
 
-// One of the two products of the outputs [from, from + count) of a layer: what makes its sums a part of their gates.
+// One of the two products of a layer's outputs: what makes its sums a part of their gates.
 struct Addend {
   struct Room {
     Scratch gathered, summed, totalled, started, ended;
@@ -32,20 +32,20 @@ struct Addend {
   const Weight& weight;
   const Finish& finish;
   Room& room;
-  int64_t from, count;
+  int64_t count;  // outputs
   int32_t *total, *start;  // what a zero point of 1 takes away; what a sum begins with
   float* last;             // what a gate ends with
   bool ready = false;
   int32_t zero_point = 0;
 
-  Addend(const Weight& w, const Finish& f, Room& scratch, int64_t first, int64_t outputs)
-      : weight(w), finish(f), room(scratch), from(first), count(outputs) {
+  Addend(const Weight& w, const Finish& f, Room& scratch, int64_t outputs)
+      : weight(w), finish(f), room(scratch), count(outputs) {
     total = room.totalled.of<int32_t>(count), start = room.started.of<int32_t>(count), last = room.ended.of<float>(count);
     if (!there()) return;
     for (int64_t j = 0; j < count; ++j) {
-      last[j] = finish.last ? finish.last[from + j] : 0.0f;
-      const uint32_t zeros = weight.zero_points ? uint32_t(weight.depth) * uint32_t(weight.zero_points[from + j]) : 0;
-      total[j] = CENTRED ? 0 : int32_t(uint32_t(weight.totals[from + j]) - zeros);
+      last[j] = finish.last ? finish.last[j] : 0.0f;
+      const uint32_t zeros = weight.zero_points ? uint32_t(weight.depth) * uint32_t(weight.zero_points[j]) : 0;
+      total[j] = CENTRED ? 0 : int32_t(uint32_t(weight.totals[j]) - zeros);
     }
   }
 
@@ -56,7 +56,7 @@ struct Addend {
     if (ready && zero == zero_point) return;
     ready = true, zero_point = zero;
     for (int64_t j = 0; j < count; ++j)
-      start[j] = int32_t((finish.bias ? uint32_t(finish.bias[from + j]) : 0) - uint32_t(total[j]) * uint32_t(zero));
+      start[j] = int32_t((finish.bias ? uint32_t(finish.bias[j]) : 0) - uint32_t(total[j]) * uint32_t(zero));
   }
 
   // Rows of x or h, each with a zero point of its own or not; none without memory.
@@ -73,7 +73,7 @@ struct Addend {
     const int64_t depth = p.packed_depth_of(0), outputs = tile * GATES * TILE;
     for (int64_t gate = 0; gate < GATES; gate += WIDE)
       multiply(panel.count, WIDE, panel.at, p.tile_of(0, 0, tile * GATES + gate), depth * TILE, depth, sums.of(gate, 0));
-    if (panel.zero_points) subtract(sums, panel.count, total + (outputs - from), panel.zero_points);
+    if (panel.zero_points) subtract(sums, panel.count, total + outputs, panel.zero_points);
     if (panel.row_sums) subtract(sums, panel.count, weight.zero_points + outputs, panel.row_sums);
   }
 
@@ -93,7 +93,7 @@ struct Addend {
     const int64_t step;  // from the scale of a row to that of the next
 
     Terms(const Addend& of, const Rows& rows)
-        : start(of.start), multiplier(of.finish.multiplier + of.from), scales(rows.scales), step(rows.pixels == 1) {}
+        : start(of.start), multiplier(of.finish.multiplier), scales(rows.scales), step(rows.pixels == 1) {}
 
     Floats operator()(const int32_t* sums, int64_t j, int64_t row) const {
       const Floats m = lanes_at(multiplier + j), sum = to_floats(as_ints(wrapping_at(sums) + wrapping_at(start + j)));

@@ -5,6 +5,8 @@
 // which are where its result goes. Of many samples in int8 no gate is written at all: a tile of units at a time both products
 // and the cells, its gates in registers.
 //
+// Of many samples a thread that is through with its tiles takes some of another's: the cores may be busy with other things.
+//
 // In int8 every other step goes through the weight of h backwards: it may just not fit into a cache, which then still holds the
 // end that the last step left there.
 
@@ -13,6 +15,7 @@ namespace {
 static_assert(GATES % FLOAT_TILES == 0, "a tile of units has whole blocks of tiles of outputs");
 constexpr int64_t ROWS_AT_ONCE = 64, FLOAT_ROWS_AT_ONCE = FLOAT_PANEL;  // steps of samples whose gates stay in the cache
 constexpr int64_t SAMPLES = 16;  // at least, where threads share them: rows of a tile register; woq reads its weight back for them
+constexpr int64_t MOST_THREADS = 64;
 constexpr int64_t READY = int64_t(1) << 18;  // weights that are read back once for all steps: a mebibyte of float32
 
 enum Gate { INPUT, FORGET, CELL, OUTPUT };
@@ -80,18 +83,30 @@ struct Grid {
 
 int threads_of(const Recurrent& r) {
   const int64_t work = r.samples * GATES * r.hidden * (r.hidden + r.weight_ih.depth);  // from one meeting to the next
-  const int64_t threads = std::min<int64_t>(threads_for(work, WORTH_A_THREAD), std::max<int64_t>(work / WORTH_A_THREAD, 1));
+  const int64_t most = std::clamp<int64_t>(work / WORTH_A_THREAD, 1, MOST_THREADS);
+  const int64_t threads = std::min<int64_t>(threads_for(work, WORTH_A_THREAD), most);
   const Grid grid(r, threads);
   return int(grid.units * grid.samples);
 }
 
-// Where the threads of a team wait for each other. OpenMP's barrier calls the system each time.
+// Where the threads of a team wait for each other, and what they have taken of each other's work since they last met.
+// OpenMP's barrier calls the system each time.
 class Meeting {
  public:
+  // The next of a thread's works, `end` where those before it are taken.
+  int64_t take(int64_t thread, int64_t end) {
+    std::atomic<int64_t>& taken = works_[thread].taken;
+    int64_t work = taken.load(std::memory_order_relaxed);
+    while (work < end && !taken.compare_exchange_weak(work, work + 1, std::memory_order_relaxed)) {
+    }
+    return std::min(work, end);
+  }
+
   void wait() {
-    const int64_t now = over_.load(std::memory_order_relaxed);
-    if (there_.fetch_add(1, std::memory_order_acq_rel) == omp_get_num_threads() - 1) {
+    const int64_t now = over_.load(std::memory_order_relaxed), threads = omp_get_num_threads();
+    if (there_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
       there_.store(0, std::memory_order_relaxed);
+      for (int64_t i = 0; i < threads; ++i) works_[i].taken.store(0, std::memory_order_relaxed);
       return over_.store(now + 1, std::memory_order_release);
     }
     for (int64_t turn = 0; over_.load(std::memory_order_acquire) == now; ++turn)
@@ -101,6 +116,11 @@ class Meeting {
  private:
   static constexpr int64_t PATIENCE = 10000;
 
+  struct alignas(64) Works {
+    std::atomic<int64_t> taken{0};
+  };
+
+  Works works_[MOST_THREADS];
   alignas(64) std::atomic<int> there_{0};
   alignas(64) std::atomic<int64_t> over_{0};  // meetings
 };
@@ -108,15 +128,26 @@ class Meeting {
 // What a thread does of every step: tiles of units [from, to) of the samples [first, end). The threads stay together for all
 // steps of a sequence, as a meeting costs less than a beginning.
 struct Share {
-  int64_t hidden, samples, from = 0, to = 0, first = 0, end = 0;
+  int64_t hidden, samples, tiles, columns, column, row, from = 0, to = 0, first = 0, end = 0;
 
-  explicit Share(const Recurrent& r) : hidden(r.hidden), samples(r.samples) {
+  explicit Share(const Recurrent& r) : hidden(r.hidden), samples(r.samples), tiles((r.hidden + TILE - 1) / TILE) {
     const Grid grid(r, omp_get_num_threads());
-    const int64_t tiles = (hidden + TILE - 1) / TILE;
-    const int64_t column = omp_get_thread_num() % grid.units, row = omp_get_thread_num() / grid.units;
+    columns = grid.units, column = omp_get_thread_num() % columns, row = omp_get_thread_num() / columns;
     if (row >= grid.samples) return;  // there are more threads than parts
-    from = column * tiles / grid.units, to = (column + 1) * tiles / grid.units;
+    from = begin_of(column), to = begin_of(column + 1);
     first = row * samples / grid.samples, end = (row + 1) * samples / grid.samples;
+  }
+
+  int64_t begin_of(int64_t of) const { return of * tiles / columns; }
+
+  // The next tile of units of a step's panel of its samples: one of its own, else of a thread with the same samples; -1: none.
+  int64_t take(Meeting& meeting, int64_t panel, bool backwards) const {
+    for (int64_t k = 0; k < columns; ++k) {
+      const int64_t of = (column + k) % columns, begin = begin_of(of), end = begin_of(of + 1), count = end - begin;
+      const int64_t index = meeting.take(row * columns + of, (panel + 1) * count) - panel * count;
+      if (index < count) return backwards ? end - 1 - index : begin + index;
+    }
+    return -1;
   }
 
   // use(first row, rows) for this thread's rows in `steps` steps, in panels of at most `most` rows; where they may be longer,
@@ -142,9 +173,6 @@ struct Share {
       float_panel(p, list, scales, row, rows, GATES * from, GATES * to, ready);
     });
   }
-
-  // The tile of units whose turn is `index`.
-  int64_t tile(int64_t index, bool backwards) const { return backwards ? to - 1 - index : from + index; }
 
   Units units_of(int64_t tile, int64_t sample) const {
     return {sample * hidden + tile * TILE, std::min<int64_t>(TILE, hidden - tile * TILE)};
@@ -196,24 +224,26 @@ class Fused {
 
   Fused(const Recurrent& r, const Share& thread, Room& room)
       : share(thread), own_zero_points(r.affine && r.per_row),
-        x(r.weight_ih, r.finish_ih, room.x, thread.from * GATES * TILE, (thread.to - thread.from) * GATES * TILE),
-        h(r.weight_hh, r.finish_hh, room.h, thread.from * GATES * TILE, (thread.to - thread.from) * GATES * TILE),
+        x(r.weight_ih, r.finish_ih, room.x, thread.tiles * GATES * TILE),
+        h(r.weight_hh, r.finish_hh, room.h, thread.tiles * GATES * TILE),
         x_sums(room.x_sums, 2 * ROWS_A_TURN), h_sums(room.h_sums, 2 * ROWS_A_TURN) {}
 
   bool there() const { return x.there() && h.there() && x_sums.first && h_sums.first; }
 
   // A step whose rows of x begin at `row` in its product. use(units, h).
   template <bool DYNAMIC, class Use>
-  void step(const Product& of_x, int64_t row, const Product& of_h, bool backwards, float* c, const Use& use) {
+  void step(Meeting& meeting, const Product& of_x, int64_t row, const Product& of_h, bool backwards, float* c, const Use& use) {
     const Addend::Terms<DYNAMIC> x_terms(x, of_x.rows), h_terms(h, of_h.rows);
     const UnitSums xs = x_sums, hs = h_sums;
     const float* const last = h.last;
-    share.panels(1, ROWS_A_TURN, true, [&](int64_t first, int64_t count) {
+    const int64_t samples = share.end - share.first, panels = std::max<int64_t>(samples > 0, samples / ROWS_A_TURN);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t first = share.first + panel * samples / panels, count = share.first + (panel + 1) * samples / panels - first;
       const Addend::Panel x_panel = x.panel(of_x, row + first, count, own_zero_points);
       const Addend::Panel h_panel = h.panel(of_h, first, count, own_zero_points);
       if (!x_panel.count || !h_panel.count) return;
-      for (int64_t i = 0; i < share.to - share.from; ++i) {
-        const int64_t tile = share.tile(i, backwards), outputs = (tile - share.from) * GATES * TILE;
+      for (int64_t tile; (tile = share.take(meeting, panel, backwards)) >= 0;) {
+        const int64_t outputs = tile * GATES * TILE;
         x.multiply_into(xs, of_x, x_panel, tile);
         h.multiply_into(hs, of_h, h_panel, tile);
         const auto gate_of = [&](int64_t r, Gate gate) {  // its sign counts for nothing where it is 0
@@ -232,7 +262,7 @@ class Fused {
         groups([&](const auto& units, const auto& gate) { step_of_c(units, gate, c); });
         groups([&](const auto& units, const auto& gate) { step_of_h(units, gate, c, use); });
       }
-    });
+    }
   }
 
   const Share& share;
@@ -279,7 +309,7 @@ int64_t lstm(const Recurrent& r, const uint8_t* x, const uint8_t* h, float* c, u
           encode(codes, 0, units.count, to + units.at, [=](int64_t, int64_t) { return quotient(now, scale, inverse); });
         };
         if (fuses) {
-          fused->step<false>(of_x, (t - first) * n, of_h, t % 2, c, use);
+          fused->step<false>(meeting, of_x, (t - first) * n, of_h, t % 2, c, use);
         } else if (gates) {
           share.products(of_h, 1, t % 2);
           share.cells(step, outputs, c, use);
@@ -340,7 +370,7 @@ int64_t dynamic_lstm(const Recurrent& r, const uint8_t* x, const float* x_scales
         const auto use = [to = y + t * n * hidden](const Units& units, Floats now) { units.put_to(to, now); };
         if (fuses) {
           fused->h.rows_have(fused->own_zero_points ? 0 : h_zero_points[0]);
-          fused->step<true>(of_x, (t - first) * n, of_h, t % 2, c, use);
+          fused->step<true>(meeting, of_x, (t - first) * n, of_h, t % 2, c, use);
         } else if (gates) {
           share.products(of_h, 1, t % 2);
           share.cells(step, outputs, c, use);
